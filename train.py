@@ -1,0 +1,477 @@
+"""Training: one encoder, several tasks, one weighted loss.
+
+Each step takes a batch of sentiment rows and a batch of emotion rows, passes all of them through the encoder together, and
+adds the two cross-entropies up: loss = alpha * CE(sentiment) + beta * CE(emotion) (Stigall et al. 2024, equation 1). After
+each epoch the validation rows are scored; the weights with the best macro-F1 are kept. All that happens is a function of
+the settings and the seed, and everything the next step depends on is saved now and then: a run that was killed goes on with
+`--resume` as if nothing had happened, to the bit on a CPU.
+
+    python train.py                                     both tasks, on what data can be had
+    python train.py --task emotion --epochs 5           one task
+    python train.py --resume runs/NAME                  goes on after an interruption
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import download
+from batches import TokenRows, epoch_steps, steps_per_epoch
+from emobert import (PRETRAINED, BertConfig, BertEncoder, EmoBERT, can_be_had, choose_device, load_checkpoint, pretrained_tokenizer,
+                     save_checkpoint, write_atomically)
+from metrics import confusion_matrix, scores
+from tokenizer import WordPieceTokenizer
+from weights import open_pickle
+
+BUNDLED = Path(__file__).resolve().parent / "assets" / "emobert-tiny.pt"
+IGNORED = -100                # the label of a row that the task has no label for
+WARMUP = 0.06                 # share of all steps in which the learning rate rises
+CLIP = 1.0                    # largest norm of the gradient
+SAVE_EVERY = 60.0             # seconds between two saves within an epoch
+EVALUATION_TOKENS = 16384     # tokens in a batch without gradients
+TEMPERATURE, SOFT = 2.0, 0.8  # distillation: softness of the teacher's answer, and its share of the loss (Hinton et al. 2015)
+
+RECIPES = {
+    "tuned": dict(epochs=8, batch_size=64, lr=5e-4, weight_decay=0.01, max_length=128, dropout=0.1, pairing="longest", width=None,
+                  schedule="linear", patience=3),
+    # What the paper and its code did: see README, 'as published'.
+    "paper": dict(epochs=26, batch_size=256, lr=1e-5, weight_decay=1e-6, max_length=256, dropout=0.0, pairing="shortest", width=256,
+                  schedule="constant", patience=25),
+}
+SAME_ON_RESUME = ("device",)      # settings that a resumed run may change without becoming another run
+
+
+def multitask_loss(logits: dict[str, Tensor], labels: dict[str, Tensor], task_weights: dict[str, float],
+                   class_weights: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """logits: task -> (B, n); labels: task -> (B,) int64, IGNORED where a row has none -> the weighted sum, and each task's mean CE."""
+    losses = {task: F.cross_entropy(logits[task], labels[task], class_weights and class_weights[task], ignore_index=IGNORED)
+              for task in labels}
+    return sum(task_weights[task] * loss for task, loss in losses.items()), losses
+
+
+def soft_loss(logits: dict[str, Tensor], teacher: dict[str, Tensor], task_weights: dict[str, float]) -> Tensor:
+    """Both: task -> (B, n) logits -> the weighted sum of T^2 KL(teacher || student), both softened by T. Hinton et al. 2015."""
+    return sum(task_weights[task] * TEMPERATURE ** 2 * F.kl_div(
+        F.log_softmax(logits[task] / TEMPERATURE, -1), F.log_softmax(teacher[task] / TEMPERATURE, -1), reduction="batchmean",
+        log_target=True) for task in teacher)
+
+
+@torch.inference_mode()
+def predict(model: EmoBERT, rows: TokenRows, amp: bool = False, name: str = "rows") -> dict[str, Tensor]:
+    """task -> logits (N, n) float32 on the CPU, in the order of the rows. The model is left in the mode it was in."""
+    training, device = model.training, rows.ids.device
+    model.eval()
+    answers = {task: torch.zeros(len(rows), len(names)) for task, names in model.labels.items()}
+    with tqdm(total=len(rows), desc=name, unit=" rows", disable=None, leave=False) as bar:
+        for batch in rows.by_length(EVALUATION_TOKENS):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits = model(*rows.batch(batch))
+            for task, values in logits.items():
+                answers[task][batch.cpu()] = values.float().cpu()
+            bar.update(len(batch))
+    model.train(training)
+    return answers
+
+
+def principal_start(encoder: BertEncoder, larger: BertEncoder) -> None:
+    """Fills a small encoder's embeddings with the principal components of a larger one's, for the same vocabulary.
+
+    Words that the larger model holds to be alike are then alike from the first step. Positions go into the same coordinates.
+    Raises ValueError if the vocabularies differ in size or the larger encoder is not larger.
+    """
+    theirs, ours = larger.word_embeddings.weight.detach(), encoder.word_embeddings.weight
+    if theirs.shape[0] != ours.shape[0] or theirs.shape[1] < ours.shape[1]:
+        raise ValueError(f"cannot start embeddings of {tuple(ours.shape)} from {tuple(theirs.shape)}: same vocabulary, larger width needed")
+    centred = theirs - theirs.mean(0)
+    _, directions = torch.linalg.eigh(centred.T @ centred)                     # ascending order of variance
+    directions = directions[:, -ours.shape[1]:].flip(1)                        # (larger C, C)
+    positions = larger.position_embeddings.weight.detach()[:len(encoder.position_embeddings.weight)]
+    with torch.no_grad():
+        ours.copy_(centred @ directions)
+        encoder.position_embeddings.weight[:len(positions)] = (positions - positions.mean(0)) @ directions
+
+
+def starting_point(encoder: str, init_from: str | None) -> tuple[BertEncoder, WordPieceTokenizer, str]:
+    """--encoder and --init-from -> an encoder, its tokenizer, and one line that says what it is."""
+    why = ""
+    if encoder == "auto":
+        encoder = next(iter(PRETRAINED))
+        if not can_be_had(encoder):
+            why = f" ({encoder} is neither cached nor reachable)"
+            encoder = str(BUNDLED)
+    if encoder == "random":
+        tokenizer = pretrained_tokenizer(init_from) if init_from else load_checkpoint(BUNDLED)[1]
+        start = BertEncoder(BertConfig(vocab_size=tokenizer.vocab_size))
+        said = "random weights in the shape of bert-tiny"
+    elif encoder.endswith(".pt"):
+        model, tokenizer, _ = load_checkpoint(encoder)
+        start, said = model.encoder, f"the encoder of {encoder}"
+    else:
+        start, tokenizer, said = BertEncoder.from_pretrained(encoder), pretrained_tokenizer(encoder), encoder
+    if init_from:
+        principal_start(start, BertEncoder.from_pretrained(init_from))
+        said += f", embeddings from the principal components of {init_from}"
+    return start, tokenizer, said + why
+
+
+def choose_mixture(mixture: str, data_dir: str | None) -> tuple[str, str]:
+    """--mixture -> the mixture to load, and why if that is not what was asked for. 'auto' is 'open' if it can be had, else 'starter'."""
+    if mixture != "auto":
+        return mixture, ""
+    missing = data.missing_urls("open", data_dir)
+    if not missing or download.reachable(missing[0]):
+        return "open", ""
+    return "starter", " (the public sources are neither on disk nor reachable; see python data.py -h)"
+
+
+def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
+    """What the learning rate is multiplied with at a step: 1 throughout, or a linear rise and a linear fall to 0."""
+    if schedule == "constant":
+        return 1.0
+    warmup = max(1, round(steps * WARMUP))
+    return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+
+
+class Run:
+    """One training run: the folder runs/NAME, the state of everything, and the loop.
+
+    config.json   the settings
+    metrics.jsonl a line an epoch: losses, validation metrics, learning rate, rows a second, seconds
+    best.pt       the checkpoint with the best validation macro-F1 (mean over the tasks)
+    last.pt       all that is needed to go on: weights, optimizer, step, sums so far, random state
+    """
+
+    def __init__(self, settings: argparse.Namespace, folder: Path, resume: bool):
+        self.settings, self.folder = settings, folder
+        self.device = torch.device(settings.device)
+        torch.manual_seed(settings.seed)
+        self.load_data()
+        if not resume:
+            folder.mkdir(parents=True)
+            replace_text(folder / "config.json", json.dumps(vars(settings), indent=2) + "\n")
+        self.build()
+        self.stop = False                      # set by a signal, looked at between two steps
+        self.step = 0                          # steps done, over all epochs
+        self.sums = dict.fromkeys(self.tasks, 0.0)      # losses of this epoch so far
+        self.best, self.best_epoch = -1.0, 0
+        if resume:
+            self.restore()
+
+    def load_data(self) -> None:
+        s = self.settings
+        self.tasks = [s.task] if s.task else list(data.LABELS)
+        self.encoder, self.tokenizer, said = starting_point(s.encoder, s.init_from)
+        print(f"encoder   {said}")
+        self.teacher = load_checkpoint(s.teacher, self.device)[:2] if s.teacher else None
+        if self.teacher and (self.teacher[1].vocab != self.tokenizer.vocab
+                             or any(self.teacher[0].labels.get(task) != data.LABELS[task] for task in self.tasks)):
+            raise ValueError(f"{s.teacher}: a teacher needs the same vocabulary and the same labels")
+        mixture, why = choose_mixture(s.mixture, s.data_dir)
+        corpus = data.load_corpus(mixture, s.data_dir)
+        print(f"data      mixture '{mixture}'{why}")
+        self.rows: dict[str, dict[str, TokenRows]] = {}
+        self.labels: dict[str, dict[str, Tensor]] = {}
+        for split in data.SPLITS:
+            self.rows[split], self.labels[split] = {}, {}
+            for task in self.tasks:
+                part = corpus.split(task, split)
+                texts, labels = part.texts[:s.limit], part.labels[:s.limit]
+                self.rows[split][task] = TokenRows(texts, self.tokenizer, s.max_length, f"{task} {split}").to(self.device)
+                self.labels[split][task] = torch.tensor(labels, dtype=torch.int64, device=self.device)
+                print(f"          {task:9} {split:10} {len(texts):7,} rows, {float(self.rows[split][task].lengths.float().mean()):5.1f} tokens a row")
+            if split == "train" and not all(map(len, self.rows[split].values())):
+                raise ValueError(f"mixture '{mixture}' has no training rows for {' and '.join(t for t in self.tasks if not len(self.rows[split][t]))}")
+
+    def build(self) -> None:
+        s, config = self.settings, self.encoder.config
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = s.dropout
+        self.model = EmoBERT(config, {task: data.LABELS[task] for task in self.tasks})      # heads as the seed has them
+        self.model.encoder.load_state_dict(self.encoder.state_dict())
+        self.model.to(self.device).train()
+        del self.encoder
+        weights = [p for name, p in self.model.named_parameters() if p.dim() > 1]
+        others = [p for name, p in self.model.named_parameters() if p.dim() <= 1]      # biases and norms are not decayed
+        self.optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                           lr=s.lr, fused=True)
+        self.task_weights = {task: weight for task, weight in (("sentiment", s.alpha), ("emotion", s.beta)) if task in self.tasks}
+        if s.task:
+            self.task_weights = {s.task: 1.0}
+        self.class_weights = None
+        if s.class_weights == "balanced":
+            counts = {task: self.labels["train"][task].bincount(minlength=len(data.LABELS[task])) for task in self.tasks}
+            self.class_weights = {task: (c.sum() / (c.clamp(min=1) * (c > 0).sum())).float() for task, c in counts.items()}
+        self.epoch_length = steps_per_epoch(self.rows["train"], s.batch_size, s.pairing)
+        self.soft_targets = self.ask_teacher() if s.teacher else None
+        parameters = sum(p.numel() for p in self.model.parameters())
+        print(f"model     {parameters / 1e6:.1f} M parameters on {self.device}, {self.epoch_length:,} steps an epoch, {s.epochs} epochs, "
+              f"loss = {' + '.join(f'{w:g} CE({task})' for task, w in self.task_weights.items())}")
+
+    def ask_teacher(self) -> dict[str, dict[str, Tensor]]:
+        """For the training rows of each task, the teacher's logits for every task: asked once, kept beside the run."""
+        cache = self.folder / "teacher.pt"
+        if not cache.is_file():
+            write_atomically(cache, {task: {own: logits for own, logits in predict(
+                self.teacher[0], rows, self.settings.amp, f"teacher reads {task}").items() if own in self.tasks}
+                for task, rows in self.rows["train"].items()})
+        del self.teacher
+        return open_pickle(cache)
+
+    # What survives the process.
+
+    def save(self) -> None:
+        write_atomically(self.folder / "last.pt", {
+            "format": "emobert-run", "settings": vars(self.settings), "step": self.step, "sums": self.sums,
+            "best": self.best, "best_epoch": self.best_epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None})
+
+    def restore(self) -> None:
+        path = self.folder / "last.pt"
+        state = open_pickle(path, "the state of a run")
+        if not isinstance(state, dict) or state.get("format") != "emobert-run":
+            raise ValueError(f"{path}: not the state of a run")
+        for name, value in vars(self.settings).items():
+            if state["settings"].get(name) != value and name not in SAME_ON_RESUME:
+                raise ValueError(f"{path}: was trained with {name} = {state['settings'].get(name)!r}, not {value!r}")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.sums, self.best, self.best_epoch = (state[k] for k in ("step", "sums", "best", "best_epoch"))
+            torch.set_rng_state(state["random"])
+            if state["random_cuda"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: does not fit this run ({' '.join(str(error).split())[:200]})") from None
+        # Lines of epochs that were finished after the last save are written again.
+        log = self.folder / "metrics.jsonl"
+        done = self.step // self.epoch_length
+        lines = log.read_text(encoding="utf-8").splitlines()[:done] if log.exists() else []
+        replace_text(log, "".join(line + "\n" for line in lines))
+        print(f"resumed   after step {self.step:,} of {self.epoch_length * self.settings.epochs:,}")
+
+    # The loop.
+
+    def train(self) -> bool:
+        """Runs to the end, or until a signal asks to stop; True if it came to the end."""
+        s = self.settings
+        while self.step < self.epoch_length * s.epochs:
+            epoch = self.step // self.epoch_length
+            if not self.train_epoch(epoch):
+                self.save()
+                return False
+            if s.patience and epoch + 1 - self.best_epoch >= s.patience and epoch + 1 < s.epochs:
+                print(f"stopped early: no better validation macro-F1 for {s.patience} epochs")
+                break
+        return True
+
+    def train_epoch(self, epoch: int) -> bool:
+        s, done = self.settings, self.step - epoch * self.epoch_length
+        plan = epoch_steps(self.rows["train"], s.batch_size, s.pairing, s.seed, epoch)
+        began = saved = time.monotonic()
+        real = padded = 0
+        with tqdm(total=len(plan), initial=done, desc=f"epoch {epoch + 1}/{s.epochs}", unit=" steps", disable=None, leave=False) as bar:
+            for step in plan[done:]:
+                losses, tokens, places = self.train_step(step)
+                real, padded = real + tokens, padded + places
+                self.step += 1
+                bar.update()
+                if not all(map(math.isfinite, losses.values())):
+                    raise ValueError(f"the loss is {losses} at step {self.step}; the last good state is in {self.folder / 'last.pt'}. "
+                                     "A smaller --lr may help")
+                for task, loss in losses.items():
+                    self.sums[task] += loss
+                if self.stop:
+                    return False
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self.save()
+                    saved = time.monotonic()
+        seconds = time.monotonic() - began
+        record = {"epoch": epoch + 1, "step": self.step, "loss": {t: v / self.epoch_length for t, v in self.sums.items()},
+                  "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2),
+                  "rows_per_second": round((len(plan) - done) * s.batch_size * len(self.tasks) / max(seconds, 1e-9)),
+                  "padding": round(1 - real / max(padded, 1), 4), "validation": self.score("validation")}
+        f1 = [v["f1_macro"] for v in record["validation"].values()]
+        mean = sum(f1) / len(f1) if f1 else 0.0
+        record["best"] = not f1 or mean > self.best
+        if record["best"]:
+            self.best, self.best_epoch = mean, epoch + 1
+            save_checkpoint(self.folder / "best.pt", self.model, self.tokenizer, settings=vars(s), epoch=epoch + 1,
+                            validation=record["validation"])
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        self.sums = dict.fromkeys(self.tasks, 0.0)
+        self.save()
+        print(f"epoch {epoch + 1:2}  loss " + ", ".join(f"{task} {value:.4f}" for task, value in record["loss"].items())
+              + "  validation " + ", ".join(f"{task} accuracy {v['accuracy']:.4f} macro-F1 {v['f1_macro']:.4f}"
+                                            for task, v in record["validation"].items())
+              + f"  {record['rows_per_second']:,} rows/s, {record['padding']:.0%} padding" + ("  best so far" if record["best"] else ""), flush=True)
+        return not self.stop or self.step < self.epoch_length * s.epochs
+
+    def train_step(self, step: dict[str, Tensor]) -> tuple[dict[str, float], int, int]:
+        """One update from the rows of all tasks; the loss of each task, tokens read and places computed."""
+        s, train = self.settings, self.rows["train"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * learning_rate_factor(self.step, self.epoch_length * s.epochs, s.schedule)
+        step = {task: rows.to(self.device) for task, rows in step.items()}
+        width = s.width or int(torch.stack([train[task].lengths[rows].max() for task, rows in step.items()]).max())
+        parts = [train[task].batch(rows, width) for task, rows in step.items()]
+        input_ids, attention_mask = (torch.cat(tensors) for tensors in zip(*parts))                  # (tasks * batch, T)
+        labels = {task: torch.full((len(input_ids),), IGNORED, device=self.device) for task in step}
+        for i, (task, rows) in enumerate(step.items()):
+            labels[task][i * s.batch_size:(i + 1) * s.batch_size] = self.labels["train"][task][rows]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=s.amp):
+            logits = self.model(input_ids, attention_mask)
+        logits = {task: values.float() for task, values in logits.items()}
+        loss, losses = multitask_loss(logits, labels, self.task_weights, self.class_weights)
+        if self.soft_targets:
+            teacher = {task: torch.cat([self.soft_targets[own][task][rows.cpu()] for own, rows in step.items()]).to(self.device)
+                       for task in self.tasks}
+            loss = (1 - SOFT) * loss + SOFT * soft_loss(logits, teacher, self.task_weights)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        return {task: value.item() for task, value in losses.items()}, int(attention_mask.sum()), attention_mask.numel()
+
+    def score(self, split: str) -> dict[str, dict]:
+        """task -> scores on a split, for the tasks that have rows there."""
+        result = {}
+        for task in self.tasks:
+            if len(self.rows[split][task]):
+                predicted = predict(self.model, self.rows[split][task], self.settings.amp, f"{split} {task}")[task].argmax(-1)
+                result[task] = scores(confusion_matrix(self.labels[split][task].cpu(), predicted, len(data.LABELS[task])))
+        return result
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small text file to a temporary name and renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def report(results: dict[str, dict]) -> str:
+    """task -> scores, as a table that a person can read: totals, then a line a class."""
+    lines = []
+    for task, s in results.items():
+        lines.append(f"{task}: accuracy {s['accuracy']:.4f}, macro precision {s['precision_macro']:.4f}, recall {s['recall_macro']:.4f}, "
+                     f"F1 {s['f1_macro']:.4f}, MCC {s['mcc']:.4f}")
+        lines.append(f"  {'':10} {'precision':>9} {'recall':>9} {'F1':>9} {'rows':>7}")
+        for name, c in zip(data.LABELS[task], s["per_class"]):
+            lines.append(f"  {name:10} {c['precision']:9.4f} {c['recall']:9.4f} {c['f1']:9.4f} {c['support']:7,}")
+    return "\n".join(lines)
+
+
+def positive(kind):
+    def convert(text: str):
+        value = kind(text)
+        if not value > 0 or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
+    return value
+
+
+def weight(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return value
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--alpha", type=weight, default=0.2, help="weight of the sentiment loss (default 0.2)")
+    add("--beta", type=weight, default=0.8, help="weight of the emotion loss (default 0.8)")
+    add("--task", choices=list(data.LABELS), help="train one task only")
+    add("--mixture", default="auto", help="what to train on: starter, open, paper, all, or names of sources with commas (see python data.py); "
+                                          "default: open if it can be had, else starter")
+    add("--data-dir", metavar="DIR", help="where the sources are (default $EMOBERT_DATA, else ~/.cache/emobert/data)")
+    add("--encoder", default="auto", help="where the weights start: prajjwal1/bert-tiny, a folder with a pretrained BERT, a checkpoint (.pt), or "
+                                          "random; default: bert-tiny if it can be had, else the encoder of the bundled model")
+    add("--init-from", metavar="FOLDER", help="start the embeddings from the principal components of this larger BERT's")
+    add("--teacher", metavar="CHECKPOINT", help="learn from the answers of this larger EmoBERT as well")
+    add("--recipe", choices=list(RECIPES), default="tuned", help="the settings below: tuned on validation data (default), or the paper's")
+    tuned = RECIPES["tuned"]
+    add("--epochs", type=positive(int), help=f"tuned: {tuned['epochs']}")
+    add("--batch-size", type=positive(int), help=f"rows of each task in a step; tuned: {tuned['batch_size']}")
+    add("--lr", type=positive(float), help=f"highest learning rate of AdamW; tuned: {tuned['lr']}")
+    add("--weight-decay", type=weight, help=f"tuned: {tuned['weight_decay']}")
+    add("--max-length", type=positive(int), help=f"tokens that are read of a text; tuned: {tuned['max_length']}")
+    add("--dropout", type=fraction, help=f"tuned: {tuned['dropout']}")
+    add("--pairing", choices=("longest", "shortest"), help="an epoch ends when the longest task has been seen (the others start over), or when "
+                                                           "the shortest has (its surplus is dropped, as published); tuned: longest")
+    add("--patience", type=int, help=f"epochs without a better validation macro-F1 before it stops, 0: never; tuned: {tuned['patience']}")
+    add("--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes count for more in the loss")
+    add("--limit", type=positive(int), metavar="N", help="use the first N rows of each split and task only, for a quick try")
+    add("--device", default="auto", help="cpu, cuda, mps (default: the best there is)")
+    add("--amp", action="store_true", help="compute in bfloat16 where that is safe")
+    add("--seed", type=int, default=1)
+    add("--run", metavar="NAME", help="name of the run's folder below runs/ (default: the date and time)")
+    add("--resume", metavar="RUN", help="go on with the run in this folder; other options come from its config.json")
+    settings = parser.parse_args(argv)
+    for name, value in RECIPES[settings.recipe].items():
+        if getattr(settings, name, None) is None:
+            setattr(settings, name, value)
+    if not settings.task and settings.alpha == settings.beta == 0:
+        parser.error("--alpha and --beta are both 0: nothing would be learned")
+    if settings.patience < 0:
+        parser.error("--patience must be 0 or more")
+    return settings
+
+
+def main(argv=None) -> int:
+    settings = arguments(argv)
+    if settings.resume:
+        folder, resume = Path(settings.resume), settings.resume
+        config = folder / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{folder}: not the folder of a run (it has no config.json)")
+        settings = argparse.Namespace(**json.loads(config.read_text(encoding="utf-8")))
+    else:
+        resume = None
+        settings.run = settings.run or time.strftime("%Y-%m-%d-%H%M%S")
+        folder = Path("runs") / settings.run
+        if folder.exists():
+            raise ValueError(f"{folder} exists: go on with --resume {folder}, or give another name with --run")
+    settings.device = choose_device(settings.device)
+    run = Run(settings, folder, resume is not None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(run, "stop", True))
+    if not run.train():
+        print(f"stopped after step {run.step:,}, all saved; go on with: python train.py --resume {folder}")
+        return 130
+    run.model, _, _ = load_checkpoint(folder / "best.pt", settings.device)
+    results = run.score("test")
+    print(f"\ntest split, weights of epoch {run.best_epoch}")
+    print(report(results))
+    replace_text(folder / "test.json", json.dumps(results) + "\n")
+    print(f"\nuse it: python infer.py --checkpoint {folder / 'best.pt'} \"I can't wait to see you\"")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
