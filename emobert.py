@@ -349,7 +349,7 @@ def load_checkpoint(path, device="cpu") -> tuple[EmoBERT, WordPieceTokenizer, di
     if content.get("version") != FORMAT_VERSION:
         raise ValueError(f"{path}: checkpoint format {content.get('version')!r}, but this program reads format {FORMAT_VERSION}; use a newer program")
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng([]):      # the random start is thrown away, and the caller's seed is not our business
             model = EmoBERT(BertConfig(**content["config"]), content["labels"])
         tokenizer = WordPieceTokenizer(content["vocab"].split("\n"), content["lowercase"])
         if tokenizer.vocab_size != model.config.vocab_size:

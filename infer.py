@@ -174,7 +174,8 @@ def as_json(prediction: Prediction, ms: dict[str, float]) -> str:
         if found := getattr(prediction, task):
             answer[task] = {"label": next(iter(found)), "scores": {label: round(p, 6) for label, p in found.items()}}
     answer |= {"tokens": prediction.n_tokens, "truncated": prediction.truncated, "ms": {name: round(value, 3) for name, value in ms.items()}}
-    return json.dumps(answer, ensure_ascii=False)
+    # A lone surrogate cannot be written as UTF-8; its escape \udc80 can, and is what JSON calls it.
+    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def as_text(prediction: Prediction, top_k: int) -> str:
@@ -259,7 +260,7 @@ def main(argv=None) -> int:
 
 
 def with_progress(texts: Iterator[str], wanted: bool) -> Iterator[str]:
-    from tqdm import tqdm      # here, so that a single text does not wait for it
+    from tqdm import tqdm  # here, so that a single text does not wait for it
     return iter(tqdm(texts, unit=" texts", disable=None if wanted else True))
 
 
@@ -267,7 +268,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes lines to a temporary name and renames it at the end: the file is complete, or as it was before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for line in lines:
                 file.write(line + "\n")
             file.flush()
@@ -278,8 +279,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    # A lone surrogate cannot be written as UTF-8; its escape \udc80 can, and is what JSON calls it.
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
+    sys.stdout.reconfigure(encoding="utf-8", newline="\n")      # on Windows it would be something else
     try:
         sys.exit(main())
     except BrokenPipeError:

@@ -67,16 +67,16 @@ def _clean(char: str) -> str:
 
 def _isolate(char: str) -> str:
     """Step two, for a cased vocabulary: every punctuation mark is a word."""
+    if char in "\t\n\r":      # only ASCII text comes here with its controls, see _words
+        return " "
     category = unicodedata.category(char)
     if category[0] == "P" and char not in LATER_PUNCTUATION or char.isascii() and category[0] == "S":      # ASCII symbols such as $ and ^ count as well
         return f" {char} "
-    return "" if category == "Cc" else char      # only ASCII text comes here with its controls, see _words
+    return "" if category == "Cc" else char
 
 
 def _isolate_and_fold(char: str) -> str:
     """Step two, for a lower-case vocabulary: accents (split off by NFD) go, then case, one character at a time."""
-    if char in "\t\n\r":
-        return " "
     return "" if unicodedata.category(char) == "Mn" else _isolate(char).lower()
 
 

@@ -28,8 +28,18 @@ from tqdm import tqdm
 import data
 import download
 from batches import TokenRows, epoch_steps, steps_per_epoch
-from emobert import (PRETRAINED, BertConfig, BertEncoder, EmoBERT, can_be_had, choose_device, load_checkpoint, pretrained_tokenizer,
-                     save_checkpoint, write_atomically)
+from emobert import (
+    PRETRAINED,
+    BertConfig,
+    BertEncoder,
+    EmoBERT,
+    can_be_had,
+    choose_device,
+    load_checkpoint,
+    pretrained_tokenizer,
+    save_checkpoint,
+    write_atomically,
+)
 from metrics import confusion_matrix, scores
 from tokenizer import WordPieceTokenizer
 from weights import open_pickle
@@ -50,6 +60,7 @@ RECIPES = {
                   schedule="constant", patience=25),
 }
 SAME_ON_RESUME = ("device",)      # settings that a resumed run may change without becoming another run
+PLACES = ("data_dir", "encoder", "init_from", "teacher", "run", "resume")      # settings that name files and folders of this machine
 
 
 def multitask_loss(logits: dict[str, Tensor], labels: dict[str, Tensor], task_weights: dict[str, float],
@@ -163,7 +174,8 @@ class Run:
         self.build()
         self.stop = False                      # set by a signal, looked at between two steps
         self.step = 0                          # steps done, over all epochs
-        self.sums = dict.fromkeys(self.tasks, 0.0)      # losses of this epoch so far
+        self.sums = dict.fromkeys(self.tasks, 0.0)      # of this epoch so far: the losses,
+        self.read = [0, 0]                              # and the tokens read, without and with padding
         self.best, self.best_epoch = -1.0, 0
         if resume:
             self.restore()
@@ -231,7 +243,7 @@ class Run:
 
     def save(self) -> None:
         write_atomically(self.folder / "last.pt", {
-            "format": "emobert-run", "settings": vars(self.settings), "step": self.step, "sums": self.sums,
+            "format": "emobert-run", "settings": vars(self.settings), "step": self.step, "sums": self.sums, "read": self.read,
             "best": self.best, "best_epoch": self.best_epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None})
@@ -247,7 +259,7 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.sums, self.best, self.best_epoch = (state[k] for k in ("step", "sums", "best", "best_epoch"))
+            self.step, self.sums, self.read, self.best, self.best_epoch = (state[k] for k in ("step", "sums", "read", "best", "best_epoch"))
             torch.set_rng_state(state["random"])
             if state["random_cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random_cuda"], self.device)
@@ -279,11 +291,10 @@ class Run:
         s, done = self.settings, self.step - epoch * self.epoch_length
         plan = epoch_steps(self.rows["train"], s.batch_size, s.pairing, s.seed, epoch)
         began = saved = time.monotonic()
-        real = padded = 0
         with tqdm(total=len(plan), initial=done, desc=f"epoch {epoch + 1}/{s.epochs}", unit=" steps", disable=None, leave=False) as bar:
             for step in plan[done:]:
                 losses, tokens, places = self.train_step(step)
-                real, padded = real + tokens, padded + places
+                self.read = [self.read[0] + tokens, self.read[1] + places]
                 self.step += 1
                 bar.update()
                 if not all(map(math.isfinite, losses.values())):
@@ -300,17 +311,19 @@ class Run:
         record = {"epoch": epoch + 1, "step": self.step, "loss": {t: v / self.epoch_length for t, v in self.sums.items()},
                   "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2),
                   "rows_per_second": round((len(plan) - done) * s.batch_size * len(self.tasks) / max(seconds, 1e-9)),
-                  "padding": round(1 - real / max(padded, 1), 4), "validation": self.score("validation")}
+                  "padding": round(1 - self.read[0] / self.read[1], 4), "validation": self.score("validation")}
         f1 = [v["f1_macro"] for v in record["validation"].values()]
         mean = sum(f1) / len(f1) if f1 else 0.0
         record["best"] = not f1 or mean > self.best
         if record["best"]:
             self.best, self.best_epoch = mean, epoch + 1
-            save_checkpoint(self.folder / "best.pt", self.model, self.tokenizer, settings=vars(s), epoch=epoch + 1,
-                            validation=record["validation"])
+            # A checkpoint travels: it says what it was made from, but not where that was. Half precision is plenty for answers.
+            settings = {k: Path(v).name if k in PLACES and v else v for k, v in vars(s).items()}
+            save_checkpoint(self.folder / "best.pt", self.model, self.tokenizer, dtype=torch.float16, settings=settings,
+                            epoch=epoch + 1, validation=record["validation"])
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
-        self.sums = dict.fromkeys(self.tasks, 0.0)
+        self.sums, self.read = dict.fromkeys(self.tasks, 0.0), [0, 0]
         self.save()
         print(f"epoch {epoch + 1:2}  loss " + ", ".join(f"{task} {value:.4f}" for task, value in record["loss"].items())
               + "  validation " + ", ".join(f"{task} accuracy {v['accuracy']:.4f} macro-F1 {v['f1_macro']:.4f}"
@@ -446,7 +459,10 @@ def main(argv=None) -> int:
         config = folder / "config.json"
         if not config.is_file():
             raise FileNotFoundError(f"{folder}: not the folder of a run (it has no config.json)")
-        settings = argparse.Namespace(**json.loads(config.read_text(encoding="utf-8")))
+        try:
+            settings = argparse.Namespace(**{**vars(settings), **json.loads(config.read_text(encoding="utf-8"))})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{config}: damaged ({error})") from None
     else:
         resume = None
         settings.run = settings.run or time.strftime("%Y-%m-%d-%H%M%S")

@@ -10,6 +10,7 @@ A header can lie, so every number in it is checked against the size of the file 
 import json
 import pickle
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def _natural(value) -> int:
 
 def _view(data: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """Bytes (n,) uint8 as a tensor of the dtype and shape; copied only where the file left them unaligned."""
-    if data.data_ptr() % dtype.itemsize:
+    if data.storage_offset() % dtype.itemsize:
         data = data.clone()
     return data.view(dtype).reshape(shape)
 
@@ -101,7 +102,9 @@ def open_pickle(path, what: str = "a PyTorch weight file"):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():      # torch warns of foreign pickles before it refuses them
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0] if "Unsupported" in str(error) or "global" in str(error).lower() else "damaged"
         raise ValueError(f"{path}: not {what} that can be read safely ({reason[:120]})") from None

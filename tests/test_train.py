@@ -1,0 +1,266 @@
+"""The loss by hand, the pieces of the loop, and whole runs: finished, killed, resumed, refused."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+from emobert import BertConfig, BertEncoder, EmoBERT, load_checkpoint, save_checkpoint
+from tests.conftest import TINY
+from train import IGNORED, learning_rate_factor, multitask_loss, principal_start, soft_loss
+
+# The pieces.
+
+def test_the_loss_is_the_weighted_sum():
+    logits = {"sentiment": torch.tensor([[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]), "emotion": torch.tensor([[0.0, 1.0, 0.0]] * 3)}
+    labels = {"sentiment": torch.tensor([0, 0, IGNORED]), "emotion": torch.tensor([IGNORED, IGNORED, 2])}
+    sentiment = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
+    emotion = math.log(2 + math.e)
+    total, losses = multitask_loss(logits, labels, {"sentiment": 0.2, "emotion": 0.8})
+    assert losses["sentiment"].item() == pytest.approx(sentiment, rel=1e-5) and losses["emotion"].item() == pytest.approx(emotion, rel=1e-5)
+    assert total.item() == pytest.approx(0.2 * sentiment + 0.8 * emotion, rel=1e-5)
+    weighted, _ = multitask_loss({"a": logits["sentiment"]}, {"a": torch.tensor([0, 1, IGNORED])}, {"a": 1.0}, {"a": torch.tensor([3.0, 1.0])})
+    assert weighted.item() == pytest.approx((3 * math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 4, rel=1e-5)
+
+
+def test_the_soft_loss_is_a_divergence():
+    student, teacher = {"a": torch.tensor([[0.0, 0.0]])}, {"a": torch.tensor([[2 * math.log(3), 0.0]])}      # softened: 3/4 and 1/4
+    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert soft_loss(student, teacher, {"a": 0.5}).item() == pytest.approx(0.5 * expected, rel=1e-5)
+    assert soft_loss(teacher, teacher, {"a": 1.0}).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_principal_components_keep_distances():
+    """Embeddings that vary in few directions come through a narrower model with all their distances."""
+    small, large = (BertEncoder(BertConfig(vocab_size=40, **TINY | dict(hidden_size=C))) for C in (4, 8))
+    with torch.no_grad():
+        large.word_embeddings.weight.copy_(torch.randn(40, 3) @ torch.randn(3, 8) + 5)
+    principal_start(small, large)
+    distances = [torch.cdist(e.word_embeddings.weight, e.word_embeddings.weight) for e in (small, large)]
+    torch.testing.assert_close(*distances, atol=0.05, rtol=1e-3)
+    assert small.word_embeddings.weight.mean(0).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="larger width"):
+        principal_start(large, small)
+
+
+def test_learning_rate():
+    rates = [learning_rate_factor(step, 100, "linear") for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 6) and max(rates) == rates[5] == 1.0 and rates[99] == pytest.approx(1 / 94)
+    assert all(a < b for a, b in zip(rates[:5], rates[1:6])) and all(a > b for a, b in zip(rates[6:], rates[7:]))
+    assert {learning_rate_factor(step, 100, "constant") for step in range(100)} == {1.0}
+
+
+def test_recipes_and_overrides():
+    paper = train.arguments(["--recipe", "paper", "--lr", "0.5", "--dropout", "0.3"])
+    assert (paper.batch_size, paper.epochs, paper.weight_decay, paper.width, paper.pairing) == (256, 26, 1e-6, 256, "shortest")
+    assert (paper.lr, paper.dropout) == (0.5, 0.3)
+    assert train.arguments([]).pairing == "longest" and train.arguments([]).width is None
+    assert (train.arguments([]).alpha, train.arguments([]).beta) == (0.2, 0.8)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--alpha", "0", "--beta", "0"], "both 0"), (["--epochs", "-1"], "above 0"), (["--epochs", "0"], "above 0"), (["--lr", "nan"], "above 0"),
+    (["--alpha", "-1"], "0 or more"), (["--dropout", "1"], "below 1"), (["--task", "topic"], "invalid choice"), (["--patience", "-1"], "patience"),
+])
+def test_options_that_make_no_sense(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main(arguments)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+# Whole runs.
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def start(tokenizer, tmp_path):
+    """A checkpoint with a small random encoder to begin from."""
+    torch.manual_seed(3)
+    path = tmp_path / "start.pt"
+    save_checkpoint(path, EmoBERT(BertConfig(vocab_size=tokenizer.vocab_size, **TINY), data.LABELS), tokenizer)
+    return path
+
+
+def run(start, *more) -> list[str]:
+    return ["--mixture", "starter", "--encoder", str(start), "--device", "cpu", "--batch-size", "4", "--max-length", "16", "--lr", "0.01", *more]
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_learns_and_reports(here, start, short_corpus, capsys):
+    assert train.main(run(start, "--epochs", "30", "--patience", "0", "--run", "a", "--alpha", "0.4", "--beta", "0.6")) == 0
+    log = log_of("runs/a")
+    assert [line["epoch"] for line in log] == list(range(1, 31))
+    assert log[-1]["loss"]["emotion"] < 0.7 * log[0]["loss"]["emotion"] and log[-1]["loss"]["sentiment"] < log[0]["loss"]["sentiment"]
+    assert {"learning_rate", "rows_per_second", "seconds", "padding", "validation"} <= log[0].keys()
+    model, _, meta = load_checkpoint("runs/a/best.pt")
+    best = max(log, key=lambda line: sum(v["f1_macro"] for v in line["validation"].values()))
+    assert meta["epoch"] == best["epoch"] and meta["validation"] == best["validation"] and meta["settings"]["beta"] == 0.6
+    test = json.loads(Path("runs/a/test.json").read_text())
+    assert set(test) == set(model.labels) and test["emotion"]["accuracy"] > 0.6
+    out = capsys.readouterr().out
+    assert "0.4 CE(sentiment) + 0.6 CE(emotion)" in out and "python infer.py --checkpoint" in out and "MCC" in out and "joy" in out
+
+
+def test_one_task(here, start, short_corpus):
+    assert train.main(run(start, "--epochs", "1", "--run", "a", "--task", "emotion")) == 0
+    assert set(load_checkpoint("runs/a/best.pt")[0].labels) == {"emotion"}
+    assert set(log_of("runs/a")[0]["loss"]) == {"emotion"}
+
+
+def test_a_run_that_exists_is_not_overwritten(here, start, short_corpus):
+    Path("runs/a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="exists: go on with --resume"):
+        train.main(run(start, "--run", "a"))
+
+
+def test_what_cannot_be_had_is_said(here, start, short_corpus, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("download.reachable", lambda url, *_: asked.append(url))
+    monkeypatch.setenv("EMOBERT_CACHE", str(here / "cache"))
+    monkeypatch.delenv("EMOBERT_DATA", raising=False)
+    monkeypatch.setattr(train, "BUNDLED", start)
+    settings = train.arguments(["--epochs", "1", "--batch-size", "4", "--device", "cpu", "--run", "a"])
+    train.Run(settings, here / "runs/a", resume=False)
+    out = capsys.readouterr().out
+    assert "the encoder of" in out and "bert-tiny is neither cached nor reachable" in out and "mixture 'starter' (the public sources" in out
+    assert len(asked) == 2
+
+
+def test_bad_starts(here, start, short_corpus, tokenizer):
+    for more, message in (["--mixture", "nope"], "unknown mixture 'nope'"), (["--device", "tpu"], "unknown device"), \
+            (["--mixture", "all", "--data-dir", "none"], "none"), (["--encoder", str(here)], "config.json"), (["--encoder", "none.pt"], "none.pt"):
+        with pytest.raises((ValueError, OSError), match=message):
+            train.main(run(start, "--run", "a", *more))
+    assert not Path("runs").exists()
+
+
+DRIVER = """
+import sys, torch, sources
+from pathlib import Path
+import train
+sources.ASSETS = Path("assets")
+torch.set_num_threads(1)
+train.SAVE_EVERY = 0.0
+step = train.Run.train_step
+def slow(self, *a):
+    print("step", self.step, file=sys.stderr, flush=True)
+    return step(self, *a)
+train.Run.train_step = slow
+sys.exit(train.main())
+"""
+
+
+def start_run(here, *arguments):
+    return subprocess.Popen([sys.executable, "-c", DRIVER, *arguments], cwd=here, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)})
+
+
+def kill_at(process, step: int, number: int) -> str:
+    for line in process.stderr:
+        if line.split() == ["step", str(step)]:
+            process.send_signal(number)
+            break
+    return process.communicate(timeout=60)[0]
+
+
+def without_times(folder):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "rows_per_second")} for line in log_of(folder)]
+
+
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(here, start, short_corpus):
+    options = run(start, "--epochs", "3", "--dropout", "0.2", "--patience", "0")
+    whole = start_run(here, *options, "--run", "whole")
+    killed = start_run(here, *options, "--run", "killed")
+    kill_at(killed, 12, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    assert whole.communicate(timeout=60) and whole.returncode == 0
+    resumed = start_run(here, "--resume", "runs/killed")
+    out = kill_at(resumed, 20, signal.SIGINT)      # and once more, politely
+    assert resumed.returncode == 130 and "resumed" in out and "go on with: python train.py --resume runs/killed" in out.replace(os.sep, "/")
+    last = start_run(here, "--resume", "runs/killed")
+    out, err = last.communicate(timeout=60)
+    assert last.returncode == 0, err
+    a, b = (torch.load(here / f"runs/{name}/last.pt", weights_only=True) for name in ("whole", "killed"))
+    assert a["step"] == b["step"] == 27
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    assert without_times(here / "runs/whole") == without_times(here / "runs/killed")
+    for name in ("best.pt",):
+        first, second = (load_checkpoint(here / f"runs/{run}/{name}") for run in ("whole", "killed"))
+        assert all(torch.equal(p, q) for p, q in zip(first[0].parameters(), second[0].parameters()))
+
+
+def test_resuming_what_does_not_fit(here, start, short_corpus):
+    train.main(run(start, "--epochs", "1", "--run", "a"))
+    config = json.loads(Path("runs/a/config.json").read_text())
+    Path("runs/a/config.json").write_text(json.dumps(config | {"lr": 0.5}))
+    with pytest.raises(ValueError, match="trained with lr = 0.01, not 0.5"):
+        train.main(["--resume", "runs/a"])
+    Path("runs/a/config.json").write_text(json.dumps(config))
+    Path("runs/a/last.pt").write_bytes(os.urandom(1000))
+    with pytest.raises(ValueError, match="last.pt"):
+        train.main(["--resume", "runs/a"])
+    for wrong in ("runs", "none", "runs/a/best.pt"):
+        with pytest.raises(FileNotFoundError, match="not the folder of a run"):
+            train.main(["--resume", wrong])
+    Path("runs/a/config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json"):
+        train.main(["--resume", "runs/a"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(here, start, short_corpus, monkeypatch):
+    original, calls = train.Run.train_step, []
+
+    def broken(self, step):
+        calls.append(1)
+        losses, *rest = original(self, step)
+        return ({task: math.nan for task in losses} if len(calls) == 12 else losses), *rest
+    monkeypatch.setattr(train.Run, "train_step", broken)
+    with pytest.raises(ValueError, match="at step 12; the last good state is in"):
+        train.main(run(start, "--epochs", "3", "--run", "a"))
+    state = torch.load("runs/a/last.pt", weights_only=True)
+    assert state["step"] == 9 and all(torch.isfinite(t).all() for t in state["model"].values())
+
+
+def test_patience_and_best_weights(here, start, short_corpus, monkeypatch, capsys):
+    scripted = iter([0.5, 0.9, 0.8, 0.7, 0.95])
+    monkeypatch.setattr(train.Run, "score", lambda self, split: {"emotion": {"f1_macro": next(scripted), "accuracy": 0.0}}
+                        if split == "validation" else {})
+    train.main(run(start, "--epochs", "5", "--run", "a", "--patience", "2"))
+    assert "stopped early" in capsys.readouterr().out
+    assert [line["best"] for line in log_of("runs/a")] == [True, True, False, False]
+    assert load_checkpoint("runs/a/best.pt")[2]["epoch"] == 2
+
+
+def test_a_teacher(here, start, short_corpus, vocab, capsys):
+    train.main(run(start, "--epochs", "3", "--run", "teacher"))
+    train.main(run(start, "--epochs", "1", "--run", "student", "--teacher", "runs/teacher/best.pt"))
+    asked = torch.load("runs/student/teacher.pt", weights_only=True)
+    assert asked["emotion"]["sentiment"].shape == (36, 3)
+    from tokenizer import WordPieceTokenizer
+    other = WordPieceTokenizer(vocab[:-1])
+    save_checkpoint("other.pt", EmoBERT(BertConfig(vocab_size=other.vocab_size, **TINY), data.LABELS), other)
+    with pytest.raises(ValueError, match="other.pt: a teacher needs the same vocabulary"):
+        train.main(run(start, "--run", "b", "--teacher", "other.pt"))
+
+
+def test_rare_classes_can_count_for_more(here, start, short_corpus):
+    settings = train.arguments(run(start, "--class-weights", "balanced", "--epochs", "1"))
+    trained = train.Run(settings, here / "runs/a", resume=False)
+    weights = trained.class_weights["sentiment"]
+    assert weights[0] == pytest.approx(36 / (24 * 2)) and weights[2] == pytest.approx(36 / (12 * 2))      # no neutral rows at all
