@@ -6,12 +6,10 @@ only then are rows split. `as_published=True` does what the paper did instead: c
 `python data.py` prints what came from where; `--mixture paper` puts the paper's Table 1 beside it.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import random
-import sys
 import tarfile
 import time
 import zlib
@@ -20,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import download
+from command import Parser, run
 from sources import HELD_OUT, LABELS, SOURCES, SPLITS, File, Row, Source, load_source, text_key
 
 MIXTURES = {"open": [s.name for s in SOURCES.values() if all(file.url or not file.required for file in s.files)],
@@ -288,24 +287,20 @@ def print_report(report: dict) -> None:
             print(f"missing: {name}: {', '.join(source['missing'])}; {SOURCES[name].page}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="What a mixture of sources holds, row by row accounted for.")
-    parser.add_argument("--mixture", default="starter", help="starter, open, paper, all, or names of sources with commas")
-    parser.add_argument("--data-dir", help="root of the data, a folder a source (default: $EMOBERT_DATA or the cache)")
-    parser.add_argument("--seed", type=int, default=42)
+def main(argv=None) -> int:
+    parser = Parser("data.py", __doc__)
+    parser.add_argument("--mixture", default="starter", help="starter, open, paper, all, or names of sources with commas (default starter)")
+    parser.add_argument("--data-dir", help="root of the data, a folder a source (default: $EMOBERT_DATA, else ~/.cache/emobert/data)")
+    parser.add_argument("--seed", type=int, default=42, help="of the splits (default 42)")
     parser.add_argument("--as-published", action="store_true", help="the paper's splits: copies kept, one shuffle, one cut")
     parser.add_argument("--no-download", action="store_true", help="use only the files that are there")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    args = parser.parse_args()
-    try:
-        report = load_corpus(args.mixture, args.data_dir, args.seed, args.as_published, not args.no_download,
-                             tolerant=args.mixture == "paper").report
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    report = load_corpus(args.mixture, args.data_dir, args.seed, args.as_published, not args.no_download,
+                         tolerant=args.mixture == "paper").report
     print(json.dumps(report)) if args.json else print_report(report)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from command import Parser, number, printable, run
 from emobert import EmoBERT, choose_device, load_checkpoint
 from tokenizer import WordPieceTokenizer
 
@@ -30,6 +32,7 @@ TASKS = ("sentiment", "emotion")
 CHUNK = 4096              # texts that are read from a file before the model is asked
 BAR = 20                  # characters of the longest bar
 MAX_FIELD = 1 << 28       # characters in one cell of a CSV file
+UNSAFE = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass
@@ -70,8 +73,7 @@ class Classifier:
 
     def predict_timed(self, texts: str | Sequence[str], batch_size: int = 64) -> tuple[list[Prediction], dict[str, float]]:
         """predict, and the milliseconds that it spent: {"tokenize", "inference", "total"}; inference is from ids to probabilities."""
-        if isinstance(texts, str):
-            texts = [texts]
+        texts = [texts] if isinstance(texts, str) else list(texts)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         started = time.perf_counter()
@@ -111,11 +113,11 @@ def _best_first(labels: list[str], values: list[float]) -> dict[str, float]:
 
 def read_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
     """Lines of bytes -> texts without their line ends. Raises ValueError naming the line that is not UTF-8."""
-    for number, line in enumerate(stream, 1):
+    for place, line in enumerate(stream, 1):
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            yield line.decode("utf-8-sig" if place == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
-            raise ValueError(f"{name}: line {number} is not UTF-8; convert the file first") from None
+            raise ValueError(f"{name}: line {place} is not UTF-8; convert the file first") from None
 
 
 def read_file(path: Path, column: str | None) -> Iterator[str]:
@@ -134,9 +136,13 @@ def read_file(path: Path, column: str | None) -> Iterator[str]:
 
 
 def read_table(lines: Iterator[str], path: Path, column: str | None) -> Iterator[str]:
-    """Lines of a CSV or TSV file with a header -> one column's cells; a row that is too short has an empty text there."""
+    """Lines of a CSV or TSV file with a header -> one column's cells; a row that is too short has an empty text there.
+
+    A quotation mark in a TSV file is a character like any other (IANA text/tab-separated-values); in a CSV file it must be closed.
+    """
     csv.field_size_limit(MAX_FIELD)
-    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    tabs = path.suffix.lower() == ".tsv"
+    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
     try:
         header = next(reader, [])
         place = _column(header, column, path)
@@ -155,13 +161,15 @@ def _column(header: list[str], column: str | None, path: Path) -> int:
 
 def read_json(lines: Iterator[str], path: Path, column: str | None) -> Iterator[str]:
     """Lines of JSON objects -> the texts under one key."""
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             text = json.loads(line)[column or "text"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number} is no JSON object with a '{column or 'text'}' ({type(error).__name__})") from None
+            raise ValueError(f"{path}: line {place} is no JSON object with a '{column or 'text'}' ({type(error).__name__})") from None
         if not isinstance(text, str):
-            raise ValueError(f"{path}: line {number}: '{column or 'text'}' is no string")
+            raise ValueError(f"{path}: line {place}: '{column or 'text'}' is no string")
         yield text
 
 
@@ -174,13 +182,13 @@ def as_json(prediction: Prediction, ms: dict[str, float]) -> str:
         if found := getattr(prediction, task):
             answer[task] = {"label": next(iter(found)), "scores": {label: round(p, 6) for label, p in found.items()}}
     answer |= {"tokens": prediction.n_tokens, "truncated": prediction.truncated, "ms": {name: round(value, 3) for name, value in ms.items()}}
-    # A lone surrogate cannot be written as UTF-8; its escape \udc80 can, and is what JSON calls it.
-    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+    # JSON leaves the controls above U+007E as they are, and terminals may obey them; lone surrogates cannot be written at all.
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(answer, ensure_ascii=False))
 
 
 def as_text(prediction: Prediction, top_k: int) -> str:
     """A few lines with bars. Control characters are shown as a replacement, never sent to the terminal."""
-    lines = ["".join(c if c.isprintable() else "\ufffd" for c in prediction.text) or "(empty text)"]
+    lines = [printable(prediction.text) or "(empty text)"]
     for task in TASKS:
         for n, (label, p) in enumerate(islice(getattr(prediction, task).items(), top_k)):
             eighths = round(p * BAR * 8)
@@ -201,28 +209,20 @@ def answer_all(classifier: Classifier, texts: Iterable[str], chunk: int, batch_s
             yield prediction, share
 
 
-def at_least(least: int):
-    def integer(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
-        return int(text)
-    return integer
-
-
 def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("infer.py", __doc__)
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="texts to classify; without any, each line of stdin is one")
     add("--file", type=Path, help="classify the texts of a .txt (a text a line), .csv, .tsv (with a header) or .jsonl file; answers are JSON lines")
     add("--column", metavar="NAME", help="the column, or JSON key, that holds the text (default: text)")
     add("--out", type=Path, metavar="FILE", help="write the answers to this file, all or nothing, instead of stdout")
     add("--json", action="store_true", help="one JSON object a line instead of bars")
-    add("--top-k", type=at_least(1), default=3, metavar="K", help="labels shown a task in the readable output (default 3)")
+    add("--top-k", type=number(int, least=1), default=3, metavar="K", help="labels shown a task in the readable output (default 3)")
     add("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, metavar="FILE", help="a model from train.py (default: the bundled one)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    add("--threads", type=at_least(1), metavar="N", help="CPU threads to use (default: PyTorch's choice)")
-    add("--batch-size", type=at_least(1), default=64, metavar="N", help="texts that the model reads at once (default 64)")
-    add("--max-length", type=at_least(2), metavar="N", help="tokens that are read of a text (default: as many as the model can, 512)")
+    add("--threads", type=number(int, least=1), metavar="N", help="CPU threads to use (default: PyTorch's choice)")
+    add("--batch-size", type=number(int, least=1), default=64, metavar="N", help="texts that the model reads at once (default 64)")
+    add("--max-length", type=number(int, least=2), metavar="N", help="tokens that are read of a text (default: as many as the model can, 512)")
     settings = parser.parse_args(argv)
     if settings.file and settings.texts:
         parser.error("give texts or --file, not both")
@@ -237,6 +237,8 @@ def main(argv=None) -> int:
         torch.set_num_threads(settings.threads)
     if settings.file and not settings.file.is_file():      # before the model is loaded
         raise FileNotFoundError(f"{settings.file}: no such file")
+    if settings.out and not settings.out.parent.is_dir():
+        raise FileNotFoundError(f"{settings.out.parent}: no such folder")
     classifier = Classifier.load(settings.checkpoint, settings.device, settings.max_length)
     chunk = CHUNK
     if settings.file:
@@ -279,15 +281,4 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", newline="\n")      # on Windows it would be something else
-    try:
-        sys.exit(main())
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or the interpreter would complain again at its end
-        print("error: the program that read the answers went away", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -13,10 +13,8 @@ the settings and the seed, and everything the next step depends on is saved now 
 
 import argparse
 import json
-import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -25,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import command
 import data
 import download
 from batches import TokenRows, epoch_steps, steps_per_epoch
+from command import Parser, number
 from emobert import (
     PRETRAINED,
     BertConfig,
@@ -59,7 +59,7 @@ RECIPES = {
     "paper": dict(epochs=26, batch_size=256, lr=1e-5, weight_decay=1e-6, max_length=256, dropout=0.0, pairing="shortest", width=256,
                   schedule="constant", patience=25),
 }
-SAME_ON_RESUME = ("device",)      # settings that a resumed run may change without becoming another run
+MAY_CHANGE = ("device",)      # settings that a resumed run may change without becoming another run
 PLACES = ("data_dir", "encoder", "init_from", "teacher", "run", "resume")      # settings that name files and folders of this machine
 
 
@@ -113,14 +113,16 @@ def principal_start(encoder: BertEncoder, larger: BertEncoder) -> None:
         encoder.position_embeddings.weight[:len(positions)] = (positions - positions.mean(0)) @ directions
 
 
-def starting_point(encoder: str, init_from: str | None) -> tuple[BertEncoder, WordPieceTokenizer, str]:
-    """--encoder and --init-from -> an encoder, its tokenizer, and one line that says what it is."""
-    why = ""
-    if encoder == "auto":
-        encoder = next(iter(PRETRAINED))
-        if not can_be_had(encoder):
-            why = f" ({encoder} is neither cached nor reachable)"
-            encoder = str(BUNDLED)
+def choose_encoder(encoder: str) -> tuple[str, str]:
+    """--encoder -> the encoder to start from, and why if it is not what was asked for. 'auto' is bert-tiny if it can be had."""
+    if encoder != "auto":
+        return encoder, ""
+    name = next(iter(PRETRAINED))
+    return (name, "") if can_be_had(name) else (str(BUNDLED), f" ({name} is neither cached nor reachable)")
+
+
+def starting_point(encoder: str, init_from: str | None = None) -> tuple[BertEncoder, WordPieceTokenizer, str]:
+    """--encoder (but 'auto') and --init-from -> an encoder, its tokenizer, and a few words that say what it is."""
     if encoder == "random":
         tokenizer = pretrained_tokenizer(init_from) if init_from else load_checkpoint(BUNDLED)[1]
         start = BertEncoder(BertConfig(vocab_size=tokenizer.vocab_size))
@@ -133,7 +135,7 @@ def starting_point(encoder: str, init_from: str | None) -> tuple[BertEncoder, Wo
     if init_from:
         principal_start(start, BertEncoder.from_pretrained(init_from))
         said += f", embeddings from the principal components of {init_from}"
-    return start, tokenizer, said + why
+    return start, tokenizer, said
 
 
 def choose_mixture(mixture: str, data_dir: str | None) -> tuple[str, str]:
@@ -177,21 +179,30 @@ class Run:
         self.sums = dict.fromkeys(self.tasks, 0.0)      # of this epoch so far: the losses,
         self.read = [0, 0]                              # and the tokens read, without and with padding
         self.best, self.best_epoch = -1.0, 0
-        if resume:
+        self.finished = 0                      # epochs whose line is in metrics.jsonl
+        if resume and (folder / "last.pt").exists():
             self.restore()
+        elif resume:
+            print("resumed   from the start: nothing was saved yet")
 
     def load_data(self) -> None:
         s = self.settings
         self.tasks = [s.task] if s.task else list(data.LABELS)
+        # What 'auto' became is a setting from here on: a resumed run must not find another network and take another turn.
+        s.encoder, why = choose_encoder(s.encoder)
         self.encoder, self.tokenizer, said = starting_point(s.encoder, s.init_from)
-        print(f"encoder   {said}")
+        print(f"encoder   {said}{why}")
+        longest = self.encoder.config.max_position_embeddings
+        if max(s.max_length, s.width or 0) > longest:
+            raise ValueError(f"this encoder reads {longest} tokens at most: give --max-length {longest} or less"
+                             + (", and not the paper's recipe, which pads to 256" if s.width else ""))
         self.teacher = load_checkpoint(s.teacher, self.device)[:2] if s.teacher else None
         if self.teacher and (self.teacher[1].vocab != self.tokenizer.vocab
                              or any(self.teacher[0].labels.get(task) != data.LABELS[task] for task in self.tasks)):
             raise ValueError(f"{s.teacher}: a teacher needs the same vocabulary and the same labels")
-        mixture, why = choose_mixture(s.mixture, s.data_dir)
-        corpus = data.load_corpus(mixture, s.data_dir)
-        print(f"data      mixture '{mixture}'{why}")
+        s.mixture, why = choose_mixture(s.mixture, s.data_dir)
+        corpus = data.load_corpus(s.mixture, s.data_dir)
+        print(f"data      mixture '{s.mixture}'{why}")
         self.rows: dict[str, dict[str, TokenRows]] = {}
         self.labels: dict[str, dict[str, Tensor]] = {}
         for split in data.SPLITS:
@@ -201,9 +212,10 @@ class Run:
                 texts, labels = part.texts[:s.limit], part.labels[:s.limit]
                 self.rows[split][task] = TokenRows(texts, self.tokenizer, s.max_length, f"{task} {split}").to(self.device)
                 self.labels[split][task] = torch.tensor(labels, dtype=torch.int64, device=self.device)
-                print(f"          {task:9} {split:10} {len(texts):7,} rows, {float(self.rows[split][task].lengths.float().mean()):5.1f} tokens a row")
+                mean = len(self.rows[split][task].ids) / max(1, len(texts))
+                print(f"          {task:9} {split:10} {len(texts):7,} rows, {mean:5.1f} tokens a row")
             if split == "train" and not all(map(len, self.rows[split].values())):
-                raise ValueError(f"mixture '{mixture}' has no training rows for {' and '.join(t for t in self.tasks if not len(self.rows[split][t]))}")
+                raise ValueError(f"mixture '{s.mixture}' has no training rows for {' and '.join(t for t in self.tasks if not len(self.rows[split][t]))}")
 
     def build(self) -> None:
         s, config = self.settings, self.encoder.config
@@ -244,7 +256,7 @@ class Run:
     def save(self) -> None:
         write_atomically(self.folder / "last.pt", {
             "format": "emobert-run", "settings": vars(self.settings), "step": self.step, "sums": self.sums, "read": self.read,
-            "best": self.best, "best_epoch": self.best_epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "finished": self.finished, "best": self.best, "best_epoch": self.best_epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None})
 
@@ -253,13 +265,14 @@ class Run:
         state = open_pickle(path, "the state of a run")
         if not isinstance(state, dict) or state.get("format") != "emobert-run":
             raise ValueError(f"{path}: not the state of a run")
-        for name, value in vars(self.settings).items():
-            if state["settings"].get(name) != value and name not in SAME_ON_RESUME:
-                raise ValueError(f"{path}: was trained with {name} = {state['settings'].get(name)!r}, not {value!r}")
         try:
+            for name, value in vars(self.settings).items():
+                if state["settings"][name] != value and name not in MAY_CHANGE:
+                    raise ValueError(f"{name} was {state['settings'][name]!r}, not {value!r}")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.sums, self.read, self.best, self.best_epoch = (state[k] for k in ("step", "sums", "read", "best", "best_epoch"))
+            self.step, self.finished, self.sums, self.read, self.best, self.best_epoch = (
+                state[name] for name in ("step", "finished", "sums", "read", "best", "best_epoch"))
             torch.set_rng_state(state["random"])
             if state["random_cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random_cuda"], self.device)
@@ -267,8 +280,7 @@ class Run:
             raise ValueError(f"{path}: does not fit this run ({' '.join(str(error).split())[:200]})") from None
         # Lines of epochs that were finished after the last save are written again.
         log = self.folder / "metrics.jsonl"
-        done = self.step // self.epoch_length
-        lines = log.read_text(encoding="utf-8").splitlines()[:done] if log.exists() else []
+        lines = log.read_text(encoding="utf-8").splitlines()[:self.finished] if log.exists() else []
         replace_text(log, "".join(line + "\n" for line in lines))
         print(f"resumed   after step {self.step:,} of {self.epoch_length * self.settings.epochs:,}")
 
@@ -277,33 +289,30 @@ class Run:
     def train(self) -> bool:
         """Runs to the end, or until a signal asks to stop; True if it came to the end."""
         s = self.settings
-        while self.step < self.epoch_length * s.epochs:
-            epoch = self.step // self.epoch_length
-            if not self.train_epoch(epoch):
-                self.save()
-                return False
-            if s.patience and epoch + 1 - self.best_epoch >= s.patience and epoch + 1 < s.epochs:
+        while self.finished < s.epochs:
+            if s.patience and self.finished - self.best_epoch >= s.patience:
                 print(f"stopped early: no better validation macro-F1 for {s.patience} epochs")
                 break
+            if self.stop or not self.train_epoch(self.finished):
+                self.save()
+                return False
         return True
 
     def train_epoch(self, epoch: int) -> bool:
+        """The steps of an epoch that are not done yet, and its line in metrics.jsonl; False if a signal asked to stop before."""
         s, done = self.settings, self.step - epoch * self.epoch_length
         plan = epoch_steps(self.rows["train"], s.batch_size, s.pairing, s.seed, epoch)
         began = saved = time.monotonic()
         with tqdm(total=len(plan), initial=done, desc=f"epoch {epoch + 1}/{s.epochs}", unit=" steps", disable=None, leave=False) as bar:
             for step in plan[done:]:
-                losses, tokens, places = self.train_step(step)
-                self.read = [self.read[0] + tokens, self.read[1] + places]
-                self.step += 1
-                bar.update()
-                if not all(map(math.isfinite, losses.values())):
-                    raise ValueError(f"the loss is {losses} at step {self.step}; the last good state is in {self.folder / 'last.pt'}. "
-                                     "A smaller --lr may help")
-                for task, loss in losses.items():
-                    self.sums[task] += loss
                 if self.stop:
                     return False
+                losses, tokens, places = self.train_step(step)
+                self.step += 1
+                self.read = [self.read[0] + tokens, self.read[1] + places]
+                for task, loss in losses.items():
+                    self.sums[task] += loss
+                bar.update()
                 if time.monotonic() - saved > SAVE_EVERY:
                     self.save()
                     saved = time.monotonic()
@@ -323,13 +332,14 @@ class Run:
                             epoch=epoch + 1, validation=record["validation"])
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
+        self.finished = epoch + 1
         self.sums, self.read = dict.fromkeys(self.tasks, 0.0), [0, 0]
         self.save()
         print(f"epoch {epoch + 1:2}  loss " + ", ".join(f"{task} {value:.4f}" for task, value in record["loss"].items())
               + "  validation " + ", ".join(f"{task} accuracy {v['accuracy']:.4f} macro-F1 {v['f1_macro']:.4f}"
                                             for task, v in record["validation"].items())
               + f"  {record['rows_per_second']:,} rows/s, {record['padding']:.0%} padding" + ("  best so far" if record["best"] else ""), flush=True)
-        return not self.stop or self.step < self.epoch_length * s.epochs
+        return True
 
     def train_step(self, step: dict[str, Tensor]) -> tuple[dict[str, float], int, int]:
         """One update from the rows of all tasks; the loss of each task, tokens read and places computed."""
@@ -353,7 +363,11 @@ class Run:
             loss = (1 - SOFT) * loss + SOFT * soft_loss(logits, teacher, self.task_weights)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        if not torch.isfinite(norm):      # nor is it if the loss is not; the weights are still good
+            saved = self.folder / "last.pt"
+            raise ValueError(f"the loss is {loss.item():g} and its gradient {norm.item():g} at step {self.step + 1}: a smaller --lr may help. "
+                             + (f"The last good state is in {saved}" if saved.exists() else "Nothing was saved yet"))
         self.optimizer.step()
         return {task: value.item() for task, value in losses.items()}, int(attention_mask.sum()), attention_mask.numel()
 
@@ -386,93 +400,84 @@ def report(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def positive(kind):
-    def convert(text: str):
-        value = kind(text)
-        if not value > 0 or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-        return value
-    convert.__name__ = kind.__name__
-    return convert
+DEFAULTS = dict(alpha=0.2, beta=0.8, task=None, mixture="auto", data_dir=None, encoder="auto", init_from=None, teacher=None, recipe="tuned",
+                class_weights="none", limit=None, device="auto", amp=False, seed=1, run=None, resume=None)
 
 
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
-    return value
-
-
-def weight(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return value
-
-
-def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--alpha", type=weight, default=0.2, help="weight of the sentiment loss (default 0.2)")
-    add("--beta", type=weight, default=0.8, help="weight of the emotion loss (default 0.8)")
-    add("--task", choices=list(data.LABELS), help="train one task only")
-    add("--mixture", default="auto", help="what to train on: starter, open, paper, all, or names of sources with commas (see python data.py); "
-                                          "default: open if it can be had, else starter")
-    add("--data-dir", metavar="DIR", help="where the sources are (default $EMOBERT_DATA, else ~/.cache/emobert/data)")
-    add("--encoder", default="auto", help="where the weights start: prajjwal1/bert-tiny, a folder with a pretrained BERT, a checkpoint (.pt), or "
-                                          "random; default: bert-tiny if it can be had, else the encoder of the bundled model")
-    add("--init-from", metavar="FOLDER", help="start the embeddings from the principal components of this larger BERT's")
-    add("--teacher", metavar="CHECKPOINT", help="learn from the answers of this larger EmoBERT as well")
-    add("--recipe", choices=list(RECIPES), default="tuned", help="the settings below: tuned on validation data (default), or the paper's")
+def arguments(argv=None) -> tuple[argparse.Namespace, dict]:
+    """The command line -> all settings, those that were left out filled in from the recipe and DEFAULTS; and what was given."""
+    parser = Parser("train.py", __doc__)
     tuned = RECIPES["tuned"]
-    add("--epochs", type=positive(int), help=f"tuned: {tuned['epochs']}")
-    add("--batch-size", type=positive(int), help=f"rows of each task in a step; tuned: {tuned['batch_size']}")
-    add("--lr", type=positive(float), help=f"highest learning rate of AdamW; tuned: {tuned['lr']}")
-    add("--weight-decay", type=weight, help=f"tuned: {tuned['weight_decay']}")
-    add("--max-length", type=positive(int), help=f"tokens that are read of a text; tuned: {tuned['max_length']}")
-    add("--dropout", type=fraction, help=f"tuned: {tuned['dropout']}")
-    add("--pairing", choices=("longest", "shortest"), help="an epoch ends when the longest task has been seen (the others start over), or when "
-                                                           "the shortest has (its surplus is dropped, as published); tuned: longest")
-    add("--patience", type=int, help=f"epochs without a better validation macro-F1 before it stops, 0: never; tuned: {tuned['patience']}")
-    add("--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes count for more in the loss")
-    add("--limit", type=positive(int), metavar="N", help="use the first N rows of each split and task only, for a quick try")
-    add("--device", default="auto", help="cpu, cuda, mps (default: the best there is)")
-    add("--amp", action="store_true", help="compute in bfloat16 where that is safe")
-    add("--seed", type=int, default=1)
-    add("--run", metavar="NAME", help="name of the run's folder below runs/ (default: the date and time)")
-    add("--resume", metavar="RUN", help="go on with the run in this folder; other options come from its config.json")
-    settings = parser.parse_args(argv)
-    for name, value in RECIPES[settings.recipe].items():
-        if getattr(settings, name, None) is None:
-            setattr(settings, name, value)
+
+    def add(option: str, help: str, **more):
+        parser.add_argument(option, default=None, help=help, **more)      # None: not given
+    add("--alpha", "weight of the sentiment loss (default 0.2)", type=number(least=0))
+    add("--beta", "weight of the emotion loss (default 0.8)", type=number(least=0))
+    add("--task", "train one task only", choices=list(data.LABELS))
+    add("--mixture", "what to train on: starter, open, paper, all, or names of sources with commas (see python data.py); default: open if it "
+                     "can be had, else starter")
+    add("--data-dir", "where the sources are (default $EMOBERT_DATA, else ~/.cache/emobert/data)", metavar="DIR")
+    add("--encoder", "where the weights start: prajjwal1/bert-tiny, a folder with a pretrained BERT, a checkpoint (.pt), or random; default: "
+                     "bert-tiny if it can be had, else the encoder of the bundled model")
+    add("--init-from", "start the embeddings from the principal components of this larger BERT's", metavar="FOLDER")
+    add("--teacher", "learn from the answers of this larger EmoBERT as well", metavar="CHECKPOINT")
+    add("--recipe", "the settings below: tuned on validation data (default), or the paper's", choices=list(RECIPES))
+    add("--epochs", f"tuned: {tuned['epochs']}", type=number(int, above=0))
+    add("--batch-size", f"rows of each task in a step; tuned: {tuned['batch_size']}", type=number(int, above=0))
+    add("--lr", f"highest learning rate of AdamW; tuned: {tuned['lr']}", type=number(above=0))
+    add("--weight-decay", f"tuned: {tuned['weight_decay']}", type=number(least=0))
+    add("--max-length", f"tokens that are read of a text; tuned: {tuned['max_length']}", type=number(int, least=2))
+    add("--dropout", f"tuned: {tuned['dropout']}", type=number(least=0, below=1))
+    add("--pairing", "an epoch ends when the longest task has been seen (the others start over), or when the shortest has (its surplus is "
+                     "dropped, as published); tuned: longest", choices=("longest", "shortest"))
+    add("--patience", f"epochs without a better validation macro-F1 before it stops, 0: never; tuned: {tuned['patience']}",
+        type=number(int, least=0))
+    add("--class-weights", "balanced: rare classes count for more in the loss (default none)", choices=("none", "balanced"))
+    add("--limit", "use the first N rows of each split and task only, for a quick try", type=number(int, above=0), metavar="N")
+    add("--device", "cpu, cuda, mps (default: the best there is)")
+    add("--amp", "compute in bfloat16 where that is safe", action="store_true")
+    add("--seed", "whole number (default 1)", type=number(int, least=0, below=2**31))
+    add("--run", "name of the run's folder below runs/ (default: the date and time)", metavar="NAME")
+    add("--resume", "go on with the run in this folder; its settings come from its config.json", metavar="RUN")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    settings = argparse.Namespace(**{**DEFAULTS, **RECIPES[given.get("recipe", DEFAULTS["recipe"])], **given})
     if not settings.task and settings.alpha == settings.beta == 0:
         parser.error("--alpha and --beta are both 0: nothing would be learned")
-    if settings.patience < 0:
-        parser.error("--patience must be 0 or more")
-    return settings
+    return settings, given
+
+
+def settings_of(folder: Path, given: dict) -> argparse.Namespace:
+    """The settings of the run in `folder`, for --resume. Raises FileNotFoundError, or ValueError naming an option that differs."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: not the folder of a run (it has no config.json)")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        missing = ({**DEFAULTS, **RECIPES["tuned"]}).keys() - settings.keys()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+    if missing:
+        raise ValueError(f"{path}: damaged (it lacks {', '.join(sorted(missing))})")
+    for name, value in given.items():
+        if name not in ("resume", *MAY_CHANGE) and settings[name] != value:
+            raise ValueError(f"{folder} was started with {name} = {settings[name]!r}, not {value!r}: resume it without that option, or start a new run")
+    return argparse.Namespace(**{**settings, **{name: given[name] for name in MAY_CHANGE if name in given}})
 
 
 def main(argv=None) -> int:
-    settings = arguments(argv)
+    settings, given = arguments(argv)
     if settings.resume:
-        folder, resume = Path(settings.resume), settings.resume
-        config = folder / "config.json"
-        if not config.is_file():
-            raise FileNotFoundError(f"{folder}: not the folder of a run (it has no config.json)")
-        try:
-            settings = argparse.Namespace(**{**vars(settings), **json.loads(config.read_text(encoding="utf-8"))})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{config}: damaged ({error})") from None
+        folder = Path(settings.resume)
+        settings = settings_of(folder, given)
     else:
-        resume = None
         settings.run = settings.run or time.strftime("%Y-%m-%d-%H%M%S")
         folder = Path("runs") / settings.run
         if folder.exists():
             raise ValueError(f"{folder} exists: go on with --resume {folder}, or give another name with --run")
     settings.device = choose_device(settings.device)
-    run = Run(settings, folder, resume is not None)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(run, "stop", True))
+    run = Run(settings, folder, "resume" in given)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda *_: setattr(run, "stop", True))
     if not run.train():
         print(f"stopped after step {run.step:,}, all saved; go on with: python train.py --resume {folder}")
         return 130
@@ -486,8 +491,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+import command
 import data
 import download
 import sources
@@ -453,9 +454,10 @@ def put_bytes(path, content):
 # ---- The command line
 
 def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["data.py", *map(str, arguments)])
-    status = data.main()
-    return status, *capsys.readouterr()
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda **_: None, raising=False)      # pytest's stdout has none
+    with pytest.raises(SystemExit) as exit:
+        command.run(lambda: data.main([str(argument) for argument in arguments]))
+    return exit.value.code, *capsys.readouterr()
 
 
 def test_command_line_tables(monkeypatch, capsys, put, tmp_path):

@@ -39,6 +39,7 @@ def test_one_text_or_many(classifier):
         assert set(scores) == set(names) and abs(sum(scores.values()) - 1) < 1e-5
         assert list(scores.values()) == sorted(scores.values(), reverse=True)
     assert classifier.predict([]) == []
+    assert [p.text for p in classifier.predict(iter(TEXTS))] == TEXTS
     assert [p.text for p in classifier.predict(tuple(TEXTS))] == TEXTS
 
 
@@ -167,6 +168,8 @@ FILES = {
     "d.jsonl": ('{"text": "a", "n": 1}\n{"text": "\\u00e9"}\n', ["a", "é"], []),
     "e.jsonl": ('{"body": "a"}\n', ["a"], ["--column", "body"]),
     "empty.txt": ("", [], []),
+    "quotes.tsv": ('text\tn\n"a" b\t1\n"c\t2\nd\t3\n', ['"a" b', '"c', "d"], []),
+    "blank.jsonl": ('{"text": "a"}\n\n', ["a"], []),
 }
 
 
@@ -201,7 +204,7 @@ def test_a_failure_leaves_the_old_output(checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, content, options, message", [
     ("a.csv", "x,y\n1,2\n", [], "no column 'text'; it has x, y"), ("a.csv", "", [], "no header"),
     ("a.tsv", "x\ty\n", ["--column", "z"], "no column 'z'"), ("a.txt", "x\n", ["--column", "z"], "no columns"),
-    ("a.doc", "x", [], "must end in"), ("a.jsonl", "{\n", [], "line 1 is no JSON object"), ("a.jsonl", '{"text": 3}\n', [], "no string"),
+    ("a.csv", 'text\n"never closed\n', [], "line 2"), ("a.doc", "x", [], "must end in"), ("a.jsonl", "{\n", [], "line 1 is no JSON object"), ("a.jsonl", '{"text": 3}\n', [], "no string"),
     ("a.jsonl", '{"text": "x"}\n[]\n', [], "line 2"), ("a.jsonl", '"text"\n', [], "line 1"), ("a.csv", "text\n\xff\n", [], "line 2 is not UTF-8"),
 ])
 def test_files_that_cannot_be_read(checkpoint, tmp_path, name, content, options, message):
@@ -211,9 +214,10 @@ def test_files_that_cannot_be_read(checkpoint, tmp_path, name, content, options,
 
 
 def test_odd_texts(checkpoint, capsys):
-    odd = ["\0", "\ud800 lone", "😀" * 50, "word " * 100_000, "x" * 500_000, "[SEP]", "e\u0301"]
-    rows = answer(capsys, "--checkpoint", checkpoint, "--json", *odd)
-    assert [row["text"] for row in rows] == odd
+    odd = ["\0", "\ud800 lone", "\x7f\x9b31m", "😀" * 50, "word " * 100_000, "x" * 500_000, "[SEP]", "e\u0301"]
+    infer.main(["--checkpoint", str(checkpoint), "--json", *odd])
+    out = capsys.readouterr().out
+    assert [json.loads(line)["text"] for line in out.splitlines()] == odd and not set("\x7f\x9b\0") & set(out)
 
 
 @pytest.mark.parametrize("arguments", [["--batch-size", "0", "x"], ["--top-k", "0", "x"], ["--threads", "x", "y"], ["--file", "a.txt", "x"],
@@ -228,16 +232,19 @@ def run(*arguments, **options):
     return subprocess.run([sys.executable, infer.__file__, *arguments], capture_output=True, timeout=60, **options)
 
 
-@pytest.mark.parametrize("case", ["missing", "garbage", "malicious", "device", "file"])
+@pytest.mark.parametrize("case", ["missing", "garbage", "malicious", "device", "file", "escapes", "folder", "option"])
 def test_errors_are_one_line(tmp_path, checkpoint, case):
     (tmp_path / "garbage.pt").write_bytes(os.urandom(2000))
     (tmp_path / "malicious.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "was-here")))
     arguments = {"missing": ["--checkpoint", str(tmp_path / "none.pt"), "x"], "garbage": ["--checkpoint", str(tmp_path / "garbage.pt"), "x"],
                  "malicious": ["--checkpoint", str(tmp_path / "malicious.pt"), "x"], "device": ["--device", "tpu", "x"],
-                 "file": ["--file", str(tmp_path / "none.csv")]}[case]
+                 "file": ["--file", str(tmp_path / "none.csv")], "escapes": ["--file", str(tmp_path / "evil.csv")],
+                 "folder": ["--file", str(tmp_path / "evil.csv"), "--out", str(tmp_path / "none" / "x.jsonl")],
+                 "option": ["--batch-size", "0", "x"]}[case]
+    (tmp_path / "evil.csv").write_text('a\x1b[31m,"b\nc"\n' + "d" * 5000)
     done = run(*arguments)
     assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1 and b"\x1b" not in done.stderr and len(done.stderr) < 800
     assert not (tmp_path / "was-here").exists()
 
 
@@ -245,6 +252,12 @@ def test_a_reader_that_goes_away(checkpoint):
     command = f'"{sys.executable}" "{infer.__file__}" --checkpoint "{checkpoint}" --json | head -n 1'
     done = subprocess.run(command, shell=True, input=b"day\n" * 20_000, capture_output=True, timeout=60)
     assert done.stdout.count(b"\n") == 1 and b"Traceback" not in done.stderr and done.stderr.startswith(b"error: ")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a file descriptor with a shell")
+def test_a_closed_stdout(checkpoint):
+    done = subprocess.run(f'"{sys.executable}" "{infer.__file__}" --checkpoint "{checkpoint}" x >&-', shell=True, capture_output=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: ") and b"Traceback" not in done.stderr
 
 
 def test_bytes_that_are_no_text_in_an_argument(checkpoint):

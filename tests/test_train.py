@@ -59,16 +59,17 @@ def test_learning_rate():
 
 
 def test_recipes_and_overrides():
-    paper = train.arguments(["--recipe", "paper", "--lr", "0.5", "--dropout", "0.3"])
+    paper, given = train.arguments(["--recipe", "paper", "--lr", "0.5", "--dropout", "0.3"])
+    assert given == {"recipe": "paper", "lr": 0.5, "dropout": 0.3}
     assert (paper.batch_size, paper.epochs, paper.weight_decay, paper.width, paper.pairing) == (256, 26, 1e-6, 256, "shortest")
     assert (paper.lr, paper.dropout) == (0.5, 0.3)
-    assert train.arguments([]).pairing == "longest" and train.arguments([]).width is None
-    assert (train.arguments([]).alpha, train.arguments([]).beta) == (0.2, 0.8)
+    plain, given = train.arguments([])
+    assert given == {} and plain.pairing == "longest" and plain.width is None and (plain.alpha, plain.beta) == (0.2, 0.8)
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--alpha", "0", "--beta", "0"], "both 0"), (["--epochs", "-1"], "above 0"), (["--epochs", "0"], "above 0"), (["--lr", "nan"], "above 0"),
-    (["--alpha", "-1"], "0 or more"), (["--dropout", "1"], "below 1"), (["--task", "topic"], "invalid choice"), (["--patience", "-1"], "patience"),
+    (["--alpha", "-1"], "at least 0"), (["--dropout", "1"], "below 1"), (["--task", "topic"], "invalid choice"), (["--patience", "-1"], "patience"),
 ])
 def test_options_that_make_no_sense(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -134,11 +135,13 @@ def test_what_cannot_be_had_is_said(here, start, short_corpus, monkeypatch, caps
     monkeypatch.setenv("EMOBERT_CACHE", str(here / "cache"))
     monkeypatch.delenv("EMOBERT_DATA", raising=False)
     monkeypatch.setattr(train, "BUNDLED", start)
-    settings = train.arguments(["--epochs", "1", "--batch-size", "4", "--device", "cpu", "--run", "a"])
+    settings, _ = train.arguments(["--epochs", "1", "--batch-size", "4", "--max-length", "16", "--device", "cpu", "--run", "a"])
     train.Run(settings, here / "runs/a", resume=False)
     out = capsys.readouterr().out
     assert "the encoder of" in out and "bert-tiny is neither cached nor reachable" in out and "mixture 'starter' (the public sources" in out
     assert len(asked) == 2
+    config = json.loads((here / "runs/a/config.json").read_text())      # a resumed run must not ask again and get another answer
+    assert config["mixture"] == "starter" and config["encoder"] == str(start)
 
 
 def test_bad_starts(here, start, short_corpus, tokenizer):
@@ -207,34 +210,91 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(here, start, short_c
 
 def test_resuming_what_does_not_fit(here, start, short_corpus):
     train.main(run(start, "--epochs", "1", "--run", "a"))
+    with pytest.raises(ValueError, match="started with lr = 0.01, not 7.0"):
+        train.main(["--resume", "runs/a", "--lr", "7"])
     config = json.loads(Path("runs/a/config.json").read_text())
     Path("runs/a/config.json").write_text(json.dumps(config | {"lr": 0.5}))
-    with pytest.raises(ValueError, match="trained with lr = 0.01, not 0.5"):
+    with pytest.raises(ValueError, match="lr was 0.01, not 0.5"):
         train.main(["--resume", "runs/a"])
     Path("runs/a/config.json").write_text(json.dumps(config))
-    Path("runs/a/last.pt").write_bytes(os.urandom(1000))
-    with pytest.raises(ValueError, match="last.pt"):
-        train.main(["--resume", "runs/a"])
+    for content in (os.urandom(1000), b""):
+        Path("runs/a/last.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="last.pt"):
+            train.main(["--resume", "runs/a"])
+    for state in ({"format": "emobert-run"}, {"format": "emobert-run", "settings": None}, {"format": "other"}, [1]):
+        torch.save(state, "runs/a/last.pt")
+        with pytest.raises(ValueError, match="last.pt"):
+            train.main(["--resume", "runs/a"])
     for wrong in ("runs", "none", "runs/a/best.pt"):
         with pytest.raises(FileNotFoundError, match="not the folder of a run"):
             train.main(["--resume", wrong])
-    Path("runs/a/config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json"):
-        train.main(["--resume", "runs/a"])
+    for damaged in ("{", "[1]", "{}", "\xff"):
+        Path("runs/a/config.json").write_text(damaged, encoding="latin-1")
+        with pytest.raises(ValueError, match="config.json"):
+            train.main(["--resume", "runs/a"])
+
+
+def test_resuming_a_run_that_had_saved_nothing(here, start, short_corpus, capsys):
+    options = run(start, "--epochs", "1")
+    train.Run(train.arguments([*options, "--run", "a"])[0], here / "runs/a", resume=False)      # killed before its first save
+    train.main([*options, "--run", "b"])
+    capsys.readouterr()
+    assert train.main(["--resume", "runs/a"]) == 0
+    assert "nothing was saved yet" in capsys.readouterr().out
+    a, b = (load_checkpoint(f"runs/{name}/best.pt")[0] for name in "ab")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_resuming_a_finished_run_changes_nothing(here, start, short_corpus, monkeypatch):
+    """Neither one that came to its end nor one that stopped early, and not even if it was told to stop in its last step."""
+    monkeypatch.setattr(train.Run, "score", lambda self, split: {"emotion": {"f1_macro": 0.5, "accuracy": 0.0}} if split == "validation" else {})
+    for name, epochs in (("whole", "1"), ("early", "5")):
+        train.main(run(start, "--epochs", epochs, "--run", name, "--patience", "2"))
+        before = Path(f"runs/{name}/metrics.jsonl").read_text(), Path(f"runs/{name}/best.pt").read_bytes()
+        assert train.main(["--resume", f"runs/{name}"]) == 0
+        assert before == (Path(f"runs/{name}/metrics.jsonl").read_text(), Path(f"runs/{name}/best.pt").read_bytes())
+    assert len(log_of("runs/early")) == 3
+
+
+@pytest.mark.parametrize("step", [8, 17, 26])
+def test_a_stop_in_the_last_step_of_an_epoch_loses_nothing(here, start, short_corpus, monkeypatch, step):
+    train.main(run(start, "--epochs", "3", "--run", "whole"))
+    original = train.Run.train_step
+
+    def told_to_stop(self, rows):
+        self.stop = self.step == step
+        return original(self, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "train_step", told_to_stop)
+        finished = train.main(run(start, "--epochs", "3", "--run", "stopped"))
+    assert finished == (0 if step == 26 else 130)
+    assert train.main(["--resume", "runs/stopped"]) == 0
+    assert without_times("runs/whole") == without_times("runs/stopped") and len(log_of("runs/whole")) == 3
 
 
 def test_a_loss_that_is_no_number_stops_the_run(here, start, short_corpus, monkeypatch):
-    original, calls = train.Run.train_step, []
+    original, calls = train.multitask_loss, []
 
-    def broken(self, step):
+    def broken(*arguments):
         calls.append(1)
-        losses, *rest = original(self, step)
-        return ({task: math.nan for task in losses} if len(calls) == 12 else losses), *rest
-    monkeypatch.setattr(train.Run, "train_step", broken)
-    with pytest.raises(ValueError, match="at step 12; the last good state is in"):
+        loss, losses = original(*arguments)
+        return loss * (math.inf if len(calls) == 12 else 1), losses
+    monkeypatch.setattr(train, "multitask_loss", broken)
+    with pytest.raises(ValueError, match="at step 12: .* The last good state is in"):
         train.main(run(start, "--epochs", "3", "--run", "a"))
     state = torch.load("runs/a/last.pt", weights_only=True)
     assert state["step"] == 9 and all(torch.isfinite(t).all() for t in state["model"].values())
+    calls.extend([1] * 10)
+    calls[:] = [1] * 11
+    with pytest.raises(ValueError, match="at step 1: .* Nothing was saved yet"):
+        train.main(run(start, "--epochs", "3", "--run", "b"))
+
+
+def test_texts_longer_than_the_encoder_reads(here, start, short_corpus):
+    for more in (["--max-length", "65"], ["--recipe", "paper", "--max-length", "16"]):
+        with pytest.raises(ValueError, match="reads 64 tokens at most"):
+            train.main([*run(start)[:-2], "--run", "a", *more])
+    assert not Path("runs").exists()
 
 
 def test_patience_and_best_weights(here, start, short_corpus, monkeypatch, capsys):
@@ -260,7 +320,7 @@ def test_a_teacher(here, start, short_corpus, vocab, capsys):
 
 
 def test_rare_classes_can_count_for_more(here, start, short_corpus):
-    settings = train.arguments(run(start, "--class-weights", "balanced", "--epochs", "1"))
+    settings, _ = train.arguments(run(start, "--class-weights", "balanced", "--epochs", "1"))
     trained = train.Run(settings, here / "runs/a", resume=False)
     weights = trained.class_weights["sentiment"]
     assert weights[0] == pytest.approx(36 / (24 * 2)) and weights[2] == pytest.approx(36 / (12 * 2))      # no neutral rows at all
