@@ -1,8 +1,10 @@
 """The encoder against a slow, plain BERT written here from the paper; loading by name; checkpoints."""
 
+import hashlib
 import json
 import math
 import os
+import random
 
 import pytest
 import torch
@@ -119,15 +121,81 @@ def test_equals_a_plain_bert(tmp_path, layers, heads, style):
             torch.testing.assert_close(pooled[i:i + 1], alone, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 1, 3)], ids=["full", "padded"])
+@pytest.mark.parametrize("layers, heads", [(1, 2), (2, 3), (3, 3), (3, 2)])
+def test_pooled_is_forward_pooled(layers, heads, lengths):
+    """In double precision, values and gradients of the two ways agree to far more digits than a wrong term would leave."""
+    torch.manual_seed(2)
+    values = CONFIG | dict(hidden_size=48, num_hidden_layers=layers, num_attention_heads=heads, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    encoder = BertEncoder(BertConfig(**values)).double()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids, mask = rows_of(lengths)
+    for training in (True, False):
+        encoder.train(training)
+        short, long = encoder.pooled(ids, mask), torch.tanh(encoder.pooler(encoder(ids, mask)[:, 0]))
+        torch.testing.assert_close(short, long, atol=1e-11, rtol=1e-9)
+        gradients = [torch.autograd.grad((y * torch.arange(48)).sum(), list(encoder.parameters())) for y in (short, long)]
+        for (name, _), a, b in zip(encoder.named_parameters(), *gradients):
+            torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-6, msg=name)
+
+
+def test_padding_is_never_looked_at(tiny):
+    """Whatever ids stand there, however wide it is, and of whatever type the mask is, the answers are those of the row alone."""
+    ids, mask = rows_of((7, 2, 5), 80)
+    junk = torch.where(mask == 1, ids, torch.arange(7) + 20)
+    wide, wide_mask = torch.nn.functional.pad(junk, (0, 9), value=3), torch.nn.functional.pad(mask, (0, 9))
+    with torch.no_grad():
+        expected = tiny(ids, mask)
+        for other, other_mask in ((junk, mask), (wide, wide_mask), (ids, mask.bool()), (ids, mask.float())):
+            for task, logits in tiny(other, other_mask).items():
+                torch.testing.assert_close(logits, expected[task], atol=1e-5, rtol=1e-5)
+            hidden = tiny.encoder(other, other_mask)
+            for i, n in enumerate((7, 2, 5)):
+                torch.testing.assert_close(hidden[i, :n], tiny.encoder(ids[i:i + 1, :n], mask[i:i + 1, :n])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_alone_as_in_a_batch():
+    """With weights of the size that training leaves, a row's answer does not depend on its neighbours to six digits."""
+    torch.manual_seed(0)
+    model = EmoBERT(BertConfig(**CONFIG), {"a": ["x", "y"]}).eval()
+    lengths = (9, 1, 30, 4)
+    ids, mask = rows_of(lengths)
+    with torch.no_grad():
+        together = model(ids, mask)["a"]
+        for i, n in enumerate(lengths):
+            torch.testing.assert_close(model(ids[i:i + 1, :n], mask[i:i + 1, :n])["a"][0], together[i], atol=1e-6, rtol=0)
+
+
+def test_heads_read_the_pooled_vector(tiny):
+    ids, mask = rows_of((4, 2), 80)
+    with torch.no_grad():
+        logits, pooled = tiny(ids, mask), tiny.encoder.pooled(ids, mask)
+        for task, names in tiny.labels.items():
+            head = tiny.heads[task]
+            assert logits[task].shape == (2, len(names))
+            torch.testing.assert_close(logits[task], pooled @ head.weight.T + head.bias, atol=1e-5, rtol=1e-5)
+
+
+def test_how_a_model_starts():
+    torch.manual_seed(0)
+    parameters = dict(EmoBERT(BertConfig(**CONFIG), {"a": [str(i) for i in range(30)]}).named_parameters())
+    for name, parameter in parameters.items():
+        if "norm" in name:
+            assert parameter.eq(1.0 if name.endswith("weight") else 0.0).all(), name
+        elif name.endswith("bias"):
+            assert parameter.eq(0).all(), name
+        else:
+            assert abs(parameter.std().item() - 0.02) < 0.004, name
+
+
 def test_training_through_the_first_row_only(tiny):
     """The shortcut of the last layer has the gradients of the long way, for every parameter."""
     ids, mask = rows_of((7, 3, 5), 80)
     encoder = tiny.encoder.train()
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    encoder.config.hidden_dropout_prob = 0.0
     for layer in encoder.layers:
-        layer.attention_dropout = 0.0
+        layer.hidden_dropout = layer.attention_dropout = 0.0
     target = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
     gradients = []
     for short in (True, False):
@@ -143,7 +211,7 @@ def test_training_through_the_first_row_only(tiny):
 def test_attention_dropout_scales_the_bias_of_the_values(tiny):
     """With all attention dropped, a layer must not see the values' bias either: as it is in the full layer."""
     layer = tiny.encoder.layers[1].train()
-    layer.dropout.p, layer.attention_dropout = 0.0, 1.0 - 1e-9
+    layer.hidden_dropout, layer.attention_dropout = 0.0, 1.0 - 1e-9
     x, mask = torch.randn(2, 5, 32), None
     torch.testing.assert_close(layer.first_row(x, mask), layer(x, mask)[:, 0], atol=1e-4, rtol=1e-4)
 
@@ -153,6 +221,33 @@ def test_dropout_is_on_in_training_only(tiny):
     assert torch.equal(tiny.encoder.pooled(ids, mask), tiny.encoder.pooled(ids, mask))
     tiny.train()
     assert not torch.equal(tiny.encoder.pooled(ids, mask), tiny.encoder.pooled(ids, mask))
+
+
+@pytest.mark.parametrize("hidden, attention", [(0.5, 0.0), (0.0, 0.5), (0.0, 0.0)])
+def test_each_dropout_is_its_own(hidden, attention):
+    config = BertConfig(**CONFIG | dict(hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention))
+    torch.manual_seed(0)
+    encoder = BertEncoder(config)
+    ids, mask = rows_of((7, 3))
+    for function in (encoder, encoder.pooled):
+        encoder.eval()
+        calm = function(ids, mask)
+        encoder.train()
+        noisy, again = function(ids, mask), function(ids, mask)
+        if hidden or attention:
+            assert not torch.equal(noisy, calm) and not torch.equal(noisy, again)
+        else:
+            torch.testing.assert_close(noisy, calm, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("vocab_size", 0), ("vocab_size", "30522"), ("hidden_size", 32.0), ("hidden_size", -32), ("num_hidden_layers", True), ("intermediate_size", None),
+    ("num_attention_heads", 3), ("type_vocab_size", 0), ("layer_norm_eps", math.nan), ("layer_norm_eps", "1e-12"), ("layer_norm_eps", -1e-12),
+    ("hidden_dropout_prob", 1.0), ("hidden_dropout_prob", -0.1), ("attention_probs_dropout_prob", math.inf), ("attention_probs_dropout_prob", None),
+])
+def test_configurations_that_no_model_can_have(name, value):
+    with pytest.raises(ValueError, match="attention heads" if value == 3 else name):
+        BertConfig(**CONFIG | {name: value})
 
 
 def test_too_many_tokens(tiny):
@@ -172,6 +267,36 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
     change(tensors)
     with pytest.raises(ValueError, match=message):
         BertEncoder.from_pretrained(write_folder(tmp_path / "m", tensors))
+
+
+def test_a_long_list_of_missing_weights_is_cut(tmp_path):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: lacks the weights embeddings\.\S+, (\S+, ){3}\S+ and 34 more$"):
+        BertEncoder.from_pretrained(write_folder(tmp_path / "m", {}))
+
+
+def test_what_a_loaded_encoder_is(tmp_path):
+    """In eval mode, float32 whatever the file holds, and from the safer of two files."""
+    tensors = published_weights(BertConfig(**CONFIG))
+    folder = write_folder(tmp_path / "m", {name: tensor.half() for name, tensor in tensors.items()}, safetensors=True)
+    torch.save({"x": Malicious(tmp_path / "was-here")}, folder / "pytorch_model.bin")
+    encoder = BertEncoder.from_pretrained(str(folder))
+    assert not encoder.training and all(p.dtype == torch.float32 and p.requires_grad for p in encoder.parameters())
+    assert torch.equal(encoder.pooler.weight, tensors["pooler.dense.weight"].half().float())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        BertEncoder.from_pretrained(folder)
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_the_weights_outlive_the_file(tmp_path):
+    """Training a loaded encoder must not write to the file it came from, nor depend on it."""
+    folder = write_folder(tmp_path / "m", published_weights(BertConfig(**CONFIG)), safetensors=True)
+    before = (folder / "model.safetensors").read_bytes()
+    encoder = BertEncoder.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_folders_that_are_none(tmp_path):
@@ -207,6 +332,24 @@ def test_downloads_are_checked(tmp_path, monkeypatch):
     with pytest.raises(download.DownloadError, match="vocab.txt"):
         pretrained_folder("prajjwal1/bert-tiny")
     assert not list((tmp_path / "cache").rglob("vocab.txt"))
+    monkeypatch.setenv("EMOBERT_MIRROR", str(tmp_path / "none"))
+    assert not emobert.can_be_had("prajjwal1/bert-tiny")
+
+
+def test_a_pretrained_encoder_is_fetched_once(tmp_path, monkeypatch, vocab):
+    name, revision = "prajjwal1/bert-tiny", emobert.PRETRAINED["prajjwal1/bert-tiny"][0]
+    mirror = tmp_path / "mirror/huggingface.co" / name / "resolve" / revision
+    mirror.mkdir(parents=True)
+    write_folder(mirror, published_weights(BertConfig(**CONFIG)))
+    (mirror / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
+    files = {file: hashlib.sha256((mirror / file).read_bytes()).hexdigest() for file in ("config.json", "vocab.txt", "pytorch_model.bin")}
+    monkeypatch.setitem(emobert.PRETRAINED, name, (revision, files))
+    monkeypatch.setenv("EMOBERT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("EMOBERT_MIRROR", str(tmp_path / "mirror"))
+    first = BertEncoder.from_pretrained(name)
+    monkeypatch.setenv("EMOBERT_MIRROR", str(tmp_path / "none"))      # from here on there is nothing to fetch from
+    assert emobert.can_be_had(name) and pretrained_tokenizer(name).vocab == vocab
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), BertEncoder.from_pretrained(name).parameters()))
 
 
 def test_tokenizer_of_a_folder(tmp_path, vocab):
@@ -223,7 +366,7 @@ def test_any_number_of_tasks():
     for labels in ({"a": ["x", "y"]}, {"a": ["x", "y"], "b": ["p", "q", "r"], "c": list("12345")}):
         logits = EmoBERT(config, labels)(ids, mask)
         assert {task: tuple(v.shape) for task, v in logits.items()} == {task: (2, len(names)) for task, names in labels.items()}
-    for labels in ({}, {"a": ["x"]}, {"a": ["x", "x"]}):
+    for labels in ({}, {"a": ["x"]}, {"a": ["x", "x"]}, {"a": []}, {"a": ["x", "y"], "b": ["z"]}):
         with pytest.raises(ValueError):
             EmoBERT(config, labels)
 
@@ -249,6 +392,24 @@ def test_checkpoint_round_trip(tiny, tokenizer, tmp_path):
         save_checkpoint(path, tiny, tokenizer, what=object())
 
 
+def test_a_checkpoint_can_be_saved_over_the_one_it_came_from(checkpoint, tiny):
+    """Weights may still be mapped from the file when it is replaced."""
+    model, tokenizer, _ = load_checkpoint(checkpoint)
+    save_checkpoint(checkpoint, model, tokenizer, round=2)
+    with torch.no_grad():
+        model.heads["emotion"].bias += 1      # and what is done to the model later does not reach the file
+    again, _, meta = load_checkpoint(checkpoint)
+    assert meta == {"round": 2} and all(torch.equal(p, q) for p, q in zip(again.parameters(), tiny.parameters()))
+
+
+def test_loading_leaves_the_random_numbers_alone(checkpoint):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    load_checkpoint(checkpoint)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_failed_save_leaves_what_was_there(tiny, tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "c.pt"
     path.write_bytes(b"old")
@@ -262,6 +423,14 @@ def test_a_failed_save_leaves_what_was_there(tiny, tokenizer, tmp_path, monkeypa
                 save_checkpoint(path, tiny, tokenizer)
         assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
+    def half(content, file):
+        file.write(b"half of it")
+        full()
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError):
+        save_checkpoint(path, tiny, tokenizer)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
 
 def damaged(content, **changes):
     return {**content, **changes}
@@ -273,12 +442,34 @@ def damaged(content, **changes):
     lambda c: damaged(c, config=c["config"] | {"hidden_size": 64}), lambda c: damaged(c, config=c["config"] | {"surprise": 1}),
     lambda c: damaged(c, weights={}), lambda c: damaged(c, weights=c["weights"] | {"more": torch.zeros(1)}),
     lambda c: damaged(c, weights=c["weights"] | {"encoder.pooler.bias": torch.zeros(31)}), lambda c: damaged(c, meta=None),
-    lambda c: {k: v for k, v in c.items() if k != "config"},
+    lambda c: {k: v for k, v in c.items() if k != "config"}, lambda c: damaged(c, config=[1]), lambda c: damaged(c, config=c["config"] | {"vocab_size": 10**13}),
+    lambda c: damaged(c, weights=[1]), lambda c: damaged(c, weights=c["weights"] | {"encoder.pooler.bias": "x"}), lambda c: damaged(c, labels=[1]),
+    lambda c: damaged(c, labels={"a.b": ["x", "y"]}), lambda c: damaged(c, vocab=c["vocab"].replace("[CLS]", "[ELS]")), lambda c: torch.zeros(3),
 ])
 def test_damaged_checkpoints_are_named(checkpoint, change):
     torch.save(change(torch.load(checkpoint, weights_only=True)), checkpoint)
     with pytest.raises(ValueError, match="tiny.pt"):
         load_checkpoint(checkpoint)
+
+
+def test_broken_bytes_of_a_checkpoint(checkpoint):
+    """A checkpoint cut off anywhere is refused; with one byte changed it is refused, or at least is a model of the same shape."""
+    content, rng = checkpoint.read_bytes(), random.Random(0)
+    shapes = {name: t.shape for name, t in load_checkpoint(checkpoint)[0].state_dict().items()}
+    for n in (*range(0, len(content), len(content) // 40), len(content) - 1):
+        checkpoint.write_bytes(content[:n])
+        with pytest.raises(ValueError, match="tiny.pt"):
+            load_checkpoint(checkpoint)
+    structure = [*range(2000), *range(len(content) - 6000, len(content))]      # the weights lie between
+    for _ in range(150):
+        broken = bytearray(content)
+        broken[rng.choice(structure)] = rng.randrange(256)
+        checkpoint.unlink()
+        checkpoint.write_bytes(broken)
+        try:
+            assert {name: t.shape for name, t in load_checkpoint(checkpoint)[0].state_dict().items()} == shapes
+        except ValueError as error:
+            assert "tiny.pt" in str(error)
 
 
 def test_a_later_format_is_refused_clearly(checkpoint):
@@ -290,7 +481,7 @@ def test_a_later_format_is_refused_clearly(checkpoint):
 def test_files_that_are_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "none.pt")
-    for content in (b"", os.urandom(3000)):
+    for content in (b"", random.Random(0).randbytes(3000), b"PK\x03\x04" + bytes(500), json.dumps({"format": "emobert"}).encode()):
         (tmp_path / "x.pt").write_bytes(content)
         with pytest.raises(ValueError, match="x.pt"):
             load_checkpoint(tmp_path / "x.pt")
@@ -302,8 +493,9 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 def test_devices():
     assert choose_device("cpu") == "cpu" and choose_device("auto") in ("cpu", "cuda", "mps")
-    with pytest.raises(ValueError, match="unknown device 'tpu'"):
-        choose_device("tpu")
+    for unknown in ("tpu", "", "cuda:", "cuda:x", "cpu:0", "CPU"):
+        with pytest.raises(ValueError, match=f"unknown device '{unknown}'"):
+            choose_device(unknown)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="there is no cuda"):
             choose_device("cuda")
