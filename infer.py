@@ -175,21 +175,30 @@ def read_json(lines: Iterator[str], path: Path, column: str | None) -> Iterator[
 
 # Writing.
 
-def as_json(prediction: Prediction, ms: dict[str, float]) -> str:
+def best_label(probabilities: dict[str, float], min_confidence: float) -> str:
+    """The most probable label, or 'uncertain' if even that is less probable than min_confidence."""
+    label, confidence = next(iter(probabilities.items()))
+    return label if confidence >= min_confidence else "uncertain"
+
+
+def as_json(prediction: Prediction, ms: dict[str, float], min_confidence: float = 0.0) -> str:
     """One JSON object, on one line."""
     answer: dict = {"text": prediction.text}
     for task in TASKS:
         if found := getattr(prediction, task):
-            answer[task] = {"label": next(iter(found)), "scores": {label: round(p, 6) for label, p in found.items()}}
+            answer[task] = {"label": best_label(found, min_confidence), "scores": {label: round(p, 6) for label, p in found.items()}}
     answer |= {"tokens": prediction.n_tokens, "truncated": prediction.truncated, "ms": {name: round(value, 3) for name, value in ms.items()}}
     # JSON leaves the controls above U+007E as they are, and terminals may obey them; lone surrogates cannot be written at all.
     return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(answer, ensure_ascii=False))
 
 
-def as_text(prediction: Prediction, top_k: int) -> str:
+def as_text(prediction: Prediction, top_k: int, min_confidence: float = 0.0) -> str:
     """A few lines with bars. Control characters are shown as a replacement, never sent to the terminal."""
     lines = [printable(prediction.text) or "(empty text)"]
     for task in TASKS:
+        if (found := getattr(prediction, task)) and best_label(found, min_confidence) == "uncertain":
+            lines.append(f"  {task:9}  uncertain")
+            continue
         for n, (label, p) in enumerate(islice(getattr(prediction, task).items(), top_k)):
             eighths = round(p * BAR * 8)
             bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
@@ -218,6 +227,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE", help="write the answers to this file, all or nothing, instead of stdout")
     add("--json", action="store_true", help="one JSON object a line instead of bars")
     add("--top-k", type=number(int, least=1), default=3, metavar="K", help="labels shown a task in the readable output (default 3)")
+    add("--min-confidence", type=number(least=0, below=1), default=0.0, metavar="P", help="answer 'uncertain' where the best label is less probable")
     add("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, metavar="FILE", help="a model from train.py (default: the bundled one)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     add("--threads", type=number(int, least=1), metavar="N", help="CPU threads to use (default: PyTorch's choice)")
@@ -251,7 +261,9 @@ def main(argv=None) -> int:
             print("Type a text and press Enter; Ctrl-D ends.", file=sys.stderr)
             chunk = 1
     readable = not (settings.json or settings.file or settings.out)
-    answers = (as_text(p, settings.top_k) if readable else as_json(p, ms) for p, ms in answer_all(classifier, texts, chunk, settings.batch_size))
+    least = settings.min_confidence
+    answers = (as_text(p, settings.top_k, least) if readable else as_json(p, ms, least)
+               for p, ms in answer_all(classifier, texts, chunk, settings.batch_size))
     if settings.out:
         write_lines(settings.out, answers)
     else:

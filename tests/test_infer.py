@@ -154,6 +154,15 @@ def test_json_lines(checkpoint, capsys):
     assert set(first["ms"]) == {"tokenize", "inference", "total"} and all(v >= 0 for v in first["ms"].values())
 
 
+def test_uncertain(checkpoint, capsys):
+    (row,) = answer(capsys, "--checkpoint", checkpoint, "--json", "so happy!", "--min-confidence", "0.999")
+    assert row["emotion"]["label"] == row["sentiment"]["label"] == "uncertain" and max(row["emotion"]["scores"].values()) < 0.999
+    (row,) = answer(capsys, "--checkpoint", checkpoint, "--json", "so happy!", "--min-confidence", str(max(row["emotion"]["scores"].values()) - 0.001))
+    assert row["emotion"]["label"] != "uncertain"
+    infer.main(["--checkpoint", str(checkpoint), "--min-confidence", "0.999", "so happy!"])
+    assert capsys.readouterr().out.count("uncertain") == 2
+
+
 def test_stdin_a_text_a_line(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufefffirst\r\n\nthird 😀\nlast".encode())))
     assert [row["text"] for row in answer(capsys, "--checkpoint", checkpoint, "--json")] == ["first", "", "third 😀", "last"]

@@ -247,7 +247,7 @@ def test_resuming_a_run_that_had_saved_nothing(here, start, short_corpus, capsys
 
 def test_resuming_a_finished_run_changes_nothing(here, start, short_corpus, monkeypatch):
     """Neither one that came to its end nor one that stopped early, and not even if it was told to stop in its last step."""
-    monkeypatch.setattr(train.Run, "score", lambda self, split: {"emotion": {"f1_macro": 0.5, "accuracy": 0.0}} if split == "validation" else {})
+    monkeypatch.setattr(train.Run, "score", lambda self, split: {"emotion": {"f1_macro": 0.5, "accuracy": 0.0, "loss": 1.0}} if split == "validation" else {})
     for name, epochs in (("whole", "1"), ("early", "5")):
         train.main(run(start, "--epochs", epochs, "--run", name, "--patience", "2"))
         before = Path(f"runs/{name}/metrics.jsonl").read_text(), Path(f"runs/{name}/best.pt").read_bytes()
@@ -299,7 +299,7 @@ def test_texts_longer_than_the_encoder_reads(here, start, short_corpus):
 
 def test_patience_and_best_weights(here, start, short_corpus, monkeypatch, capsys):
     scripted = iter([0.5, 0.9, 0.8, 0.7, 0.95])
-    monkeypatch.setattr(train.Run, "score", lambda self, split: {"emotion": {"f1_macro": next(scripted), "accuracy": 0.0}}
+    monkeypatch.setattr(train.Run, "score", lambda self, split: {"emotion": {"f1_macro": next(scripted), "accuracy": 0.0, "loss": 1.0}}
                         if split == "validation" else {})
     train.main(run(start, "--epochs", "5", "--run", "a", "--patience", "2"))
     assert "stopped early" in capsys.readouterr().out
@@ -324,3 +324,72 @@ def test_rare_classes_can_count_for_more(here, start, short_corpus):
     trained = train.Run(settings, here / "runs/a", resume=False)
     weights = trained.class_weights["sentiment"]
     assert weights[0] == pytest.approx(36 / (24 * 2)) and weights[2] == pytest.approx(36 / (12 * 2))      # no neutral rows at all
+
+
+def test_two_processes_train_as_one(here, start, short_corpus):
+    """The same global batch, shared out: the same losses, to rounding; and a batch that cannot be shared out is refused."""
+    options = run(start, "--epochs", "2", "--dropout", "0", "--patience", "0")
+    one = start_run(here, *options, "--run", "one")
+    assert one.communicate(timeout=60) and one.returncode == 0
+    (here / "driver.py").write_text(DRIVER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--", "driver.py", *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--run", "two"], cwd=here, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("encoder   ") == 1      # said once, not by every process
+    one, two = (log_of(here / f"runs/{name}") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["step"] == b["step"] and a["padding"] >= b["padding"] - 1e-9
+        for kind in ("loss", "validation_loss"):
+            assert a[kind] == pytest.approx(b[kind], rel=1e-4)
+    first, second = (load_checkpoint(here / f"runs/{name}/best.pt")[0] for name in ("one", "two"))
+    for p, q in zip(first.parameters(), second.parameters()):
+        torch.testing.assert_close(p, q, atol=2e-3, rtol=2e-3)
+    refused = subprocess.run([*command, "--run", "odd", "--batch-size", "3"], cwd=here, env=environment, capture_output=True, text=True, timeout=120)
+    assert refused.returncode != 0 and "cannot be shared out over 2 processes" in refused.stderr
+
+
+def test_several_seeds(here, start, short_corpus, capsys):
+    assert train.main(run(start, "--epochs", "1", "--run", "s", "--seeds", "3", "--seed", "5", "--task", "emotion")) == 0
+    accuracies = [json.loads(Path(f"runs/s-{seed}/test.json").read_text())["emotion"]["accuracy"] for seed in (5, 6, 7)]
+    mean = sum(accuracies) / 3
+    deviation = (sum((a - mean) ** 2 for a in accuracies) / 2) ** 0.5
+    assert json.loads(Path("runs/s-seeds.json").read_text())["emotion"]["accuracy"] == pytest.approx([mean, deviation])
+    assert f"accuracy {mean:.4f} ± {deviation:.4f}" in capsys.readouterr().out
+    assert not torch.equal(*(next(load_checkpoint(f"runs/s-{seed}/best.pt")[0].parameters()) for seed in (5, 6)))
+
+
+def test_the_published_protocol_keeps_copies_and_the_last_weights(here, start, short_corpus, capsys):
+    """Copies of test texts are in training, which the report shows; and the weights are the last ones, not the best."""
+    path = short_corpus / "starter.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines, *lines[1:]]) + "\n", encoding="utf-8")
+    base = run(start, "--epochs", "2")
+    train.main([*base, "--run", "a", "--protocol", "published"])
+    test = json.loads(Path("runs/a/test.json").read_text())
+    assert test["emotion"]["copied"]["rows"] >= 8 and "have a copy in training" in capsys.readouterr().out
+    train.main([*base, "--run", "b"])
+    assert json.loads(Path("runs/b/test.json").read_text())["emotion"]["copied"] == {
+        "rows": 0, "accuracy": None, "accuracy_fresh": pytest.approx(json.loads(Path("runs/b/test.json").read_text())["emotion"]["accuracy"])}
+    assert train.RECIPES["paper"]["keep"] == "last" and train.RECIPES["paper"]["protocol"] == "published"
+
+
+def test_the_temperature_lowers_the_calibration_error(here, start, short_corpus):
+    train.main(run(start, "--epochs", "12", "--patience", "0", "--run", "a"))
+    meta = load_checkpoint("runs/a/best.pt")[2]
+    assert set(meta["temperature"]) == {"sentiment", "emotion"} and all(t > 0 for t in meta["temperature"].values())
+    losses = log_of("runs/a")[meta["epoch"] - 1]["validation_loss"]
+    trained = train.Run(train.arguments(run(start))[0], here / "runs/b", resume=False)
+    trained.model, _, _ = load_checkpoint("runs/a/best.pt")
+    for task in losses:
+        logits = train.predict(trained.model, trained.rows["validation"][task])[task]
+        labels = trained.labels["validation"][task]
+        assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(losses[task], abs=0.02)      # half precision
+        calibrated = torch.nn.functional.cross_entropy(logits / meta["temperature"][task], labels).item()
+        assert calibrated <= losses[task] + 1e-3
+
+
+def test_tensorboard_is_asked_for_by_name(here, start, short_corpus, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        train.main(run(start, "--run", "a", "--tensorboard"))
