@@ -9,8 +9,8 @@ Shapes in the comments: B batch, T tokens, C hidden size, nh attention heads, hs
 """
 
 import dataclasses
+import io
 import json
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -103,8 +103,8 @@ class BertLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, T, C) -> (B, T, C). mask (B, T) bool, True where a token is; None if nothing is padding."""
         B, T, C = x.shape
-        qkv = linear(self.query_key_value, x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)      # (3, B, nh, T, hs)
-        q, k, v = qkv.unbind(0)                                                                             # (B, nh, T, hs) each
+        qkv = linear(self.query_key_value, x).view(B, T, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                                      # (B, nh, T, hs) each
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None if mask is None else mask[:, None, None, :],
             dropout_p=self.attention_dropout if self.training else 0.0)                                     # (B, nh, T, hs)
@@ -126,7 +126,7 @@ class BertLayer(nn.Module):
         probe = torch.bmm(q, weight_k.view(nh, hs, C)).transpose(0, 1)                      # (B, nh, C)
         scores = torch.bmm(probe, x.transpose(1, 2)) * hs ** -0.5                           # (B, nh, T)
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, :], -math.inf)
+            scores = scores.masked_fill(~mask[:, None, :], torch.finfo(scores.dtype).min)
         attention = scores.softmax(-1)                                                      # (B, nh, T)
         bias = bias_v
         if self.training:      # attention that is dropped no longer sums to one, so neither does the values' bias
@@ -209,7 +209,10 @@ class BertEncoder(nn.Module):
         config = BertConfig.from_file(folder / "config.json")
         for name, read in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_torch)):
             if (folder / name).is_file():
-                encoder = cls(config)
+                try:
+                    encoder = cls(config)
+                except RuntimeError as error:
+                    raise ValueError(f"{folder / 'config.json'}: no such model fits into memory ({str(error).splitlines()[0][:100]})") from None
                 encoder.load_state_dict(_from_hugging_face(read(folder / name), encoder, folder / name))
                 return encoder.eval()
         raise FileNotFoundError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
@@ -244,7 +247,10 @@ def pretrained_tokenizer(source) -> WordPieceTokenizer:
     """The tokenizer that belongs to BertEncoder.from_pretrained(source): its vocab.txt, cased if tokenizer_config.json says so."""
     folder = pretrained_folder(source)
     settings = folder / "tokenizer_config.json"
-    lowercase = not settings.is_file() or json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case", True)
+    try:
+        lowercase = not settings.is_file() or bool(json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case", True))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{settings}: damaged ({error})") from None
     return WordPieceTokenizer.from_file(folder / "vocab.txt", lowercase)
 
 
@@ -277,6 +283,8 @@ def _from_hugging_face(tensors: dict[str, Tensor], encoder: BertEncoder, path) -
     found = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name in found:
+            raise ValueError(f"{path}: holds two weights for {name}")
         if not _is_dropped(name):
             found[name] = tensor
     names = hugging_face_names(encoder.config)
@@ -310,8 +318,12 @@ class EmoBERT(nn.Module):
 
     def __init__(self, config: BertConfig, labels: dict[str, list[str]]):
         super().__init__()
-        if not labels or any(len(set(names)) != len(names) or len(names) < 2 for names in labels.values()):
+        if not isinstance(labels, dict) or not labels or not all(
+                isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names) > 1
+                for names in labels.values()):
             raise ValueError("labels must name at least one task, and at least two different labels for each")
+        if unfit := [task for task in labels if not str(task).isidentifier() or hasattr(nn.ModuleDict, str(task)) or task == "training"]:
+            raise ValueError(f"{unfit[0]!r} cannot be the name of a task")
         self.config = config
         self.labels = {task: list(names) for task, names in labels.items()}
         self.encoder = BertEncoder(config)
@@ -346,8 +358,10 @@ def write_atomically(path, content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:      # an open file rather than a name: torch.save would store the name inside
-            torch.save(content, file)
+        buffer = io.BytesIO()      # so that a full disk is an OSError, and the file's name does not get into the file
+        torch.save(content, buffer)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,7 +183,12 @@ class WordPieceTokenizer:
 
         Raises ValueError if max_length leaves no room for [CLS] and [SEP].
         """
-        ids = [self.cls_id, *chain.from_iterable(map(self._lookup, text.split(" ")))]
+        try:
+            ids = [self.cls_id, *chain.from_iterable(map(self._lookup, text.split(" ")))]
+        except (AttributeError, TypeError):
+            if isinstance(text, str):
+                raise
+            raise TypeError(f"a text must be a str, not {type(text).__name__}") from None
         if max_length is not None and len(ids) >= max_length:
             if max_length < 2:
                 raise ValueError(f"max_length is {max_length}, but [CLS] and [SEP] alone take 2")
@@ -192,6 +198,8 @@ class WordPieceTokenizer:
 
     def encode_batch(self, texts: Iterable[str], max_length: int | None = 512) -> list[list[int]]:
         """encode for each of the texts, in order."""
+        if isinstance(texts, str):
+            raise TypeError("encode_batch takes many texts; encode takes one")
         return list(map(self.encode, texts, repeat(max_length)))
 
     def tokenize(self, text: str) -> list[str]:
@@ -204,18 +212,18 @@ class WordPieceTokenizer:
         Returns input_ids (B, T) int64 and attention_mask (B, T) int64, 1 where a token is and 0 where padding is;
         T is the longest row's length, rounded up to a multiple of `multiple_of`. Raises ValueError if there are no rows.
         """
-        if not rows:
-            raise ValueError("no rows to pad")
+        if not rows or multiple_of < 1:
+            raise ValueError(f"no rows to pad to a multiple of {multiple_of}")
         longest = max(map(len, rows))
         longest += -longest % multiple_of
         if len(rows) == 1 and len(rows[0]) == longest:
-            input_ids = torch.tensor(rows)
+            input_ids = torch.tensor(rows, dtype=torch.int64)
             return input_ids, torch.ones_like(input_ids)
         flat = array("q")
         for row in rows:
             flat.extend(row)
             flat.extend(repeat(self.pad_id, longest - len(row)))
-        input_ids = torch.frombuffer(flat, dtype=torch.int64).view(len(rows), longest)
+        input_ids = torch.from_numpy(np.frombuffer(flat, dtype=np.int64)).view(len(rows), longest)
         lengths = torch.tensor([len(row) for row in rows])
         return input_ids, (torch.arange(longest) < lengths[:, None]).long()
 

