@@ -41,8 +41,8 @@ def printable(text: str) -> str:
 def run(main: Callable[[], int]) -> None:
     """Runs a command's main and ends the process with its exit status, or with an error of one line."""
     try:
-        if sys.stdout is None or sys.stdin is None:
-            raise ValueError("stdin or stdout is closed")
+        if sys.stdout is None:
+            raise ValueError("stdout is closed")
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")      # on Windows it would be something else
         sys.exit(main())
     except BrokenPipeError:

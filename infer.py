@@ -255,6 +255,8 @@ def main(argv=None) -> int:
         texts: Iterable[str] = with_progress(read_file(settings.file, settings.column), settings.out is not None or not sys.stdout.isatty())
     elif settings.texts:
         texts = settings.texts
+    elif sys.stdin is None:
+        raise ValueError("stdin is closed: give texts as arguments, or --file")
     else:
         texts = read_lines(sys.stdin.buffer, "stdin")
         if sys.stdin.isatty():

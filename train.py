@@ -181,7 +181,8 @@ class Run:
             replace_text(folder / "config.json", json.dumps(vars(settings), indent=2) + "\n")
         self.build()
         torch.manual_seed(settings.seed * 1009 + self.rank)      # for dropout, which must not be alike in all processes
-        self.stop = False                      # set by a signal, looked at between two steps
+        self.stop = False                      # set by a signal;
+        self.stopping = False                  # what became of it after the next step, in all processes alike
         self.step = 0                          # steps done, over all epochs
         self.sums = dict.fromkeys(self.tasks, 0.0)      # of this epoch so far: the losses,
         self.read = [0, 0]                              # and the tokens read, without and with padding
@@ -192,6 +193,10 @@ class Run:
             self.restore()
         elif resume:
             self.say("resumed   from the start: nothing was saved yet")
+        log = folder / "metrics.jsonl"
+        if log.exists() and self.rank == 0:      # lines of epochs that were finished after the last save are written again
+            lines = log.read_text(encoding="utf-8").splitlines()[:self.finished]
+            replace_text(log, "".join(line + "\n" for line in lines))
 
     def say(self, line: str) -> None:
         if self.rank == 0:
@@ -312,12 +317,6 @@ class Run:
                 torch.cuda.set_rng_state(own[1], self.device)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path}: does not fit this run ({' '.join(str(error).split())[:200]})") from None
-        if self.rank:
-            return
-        # Lines of epochs that were finished after the last save are written again.
-        log = self.folder / "metrics.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines()[:self.finished] if log.exists() else []
-        replace_text(log, "".join(line + "\n" for line in lines))
         self.say(f"resumed   after step {self.step:,} of {self.epoch_length * self.settings.epochs:,}")
 
     # The loop.
@@ -329,7 +328,7 @@ class Run:
             if s.patience and self.finished - self.best_epoch >= s.patience:
                 self.say(f"stopped early: no better validation macro-F1 for {s.patience} epochs")
                 break
-            if self.stop or not self.train_epoch(self.finished):
+            if not self.train_epoch(self.finished):
                 self.save()
                 return False
         return True
@@ -342,15 +341,15 @@ class Run:
         with tqdm(total=len(plan), initial=done, desc=f"epoch {epoch + 1}/{s.epochs}", unit=" steps",
                   disable=True if self.rank else None, leave=False) as bar:
             for step in plan[done:]:
-                if self.stop:
+                if self.stopping:
                     return False
                 losses, tokens, places = self.train_step(step)
-                due = time.monotonic() - saved > SAVE_EVERY
+                due, self.stopping = time.monotonic() - saved > SAVE_EVERY, self.stop
                 if self.world > 1:      # all processes must count alike, and stop and save together
-                    shared = torch.tensor([*losses.values(), tokens, places, self.stop, due], dtype=torch.float64, device=self.device)
+                    shared = torch.tensor([*losses.values(), tokens, places, self.stopping, due], dtype=torch.float64, device=self.device)
                     dist.all_reduce(shared)
                     *sums, tokens, places, stop, due = shared.tolist()
-                    losses, self.stop = dict(zip(losses, (value / self.world for value in sums))), stop > 0
+                    losses, self.stopping = dict(zip(losses, (value / self.world for value in sums))), stop > 0
                 self.step += 1
                 self.read = [self.read[0] + int(tokens), self.read[1] + int(places)]
                 for task, loss in losses.items():
@@ -521,7 +520,7 @@ def arguments(argv=None) -> tuple[argparse.Namespace, dict]:
         type=number(int, least=0))
     add("--protocol", "published: copies of texts are kept and one random cut makes the splits, as the paper did; tuned: corrected",
         choices=("corrected", "published"))
-    add("--class-weights", "balanced: rare classes count for more in the loss (default none)", choices=("none", "balanced"))
+    add("--class-weights", "balanced: rare classes count for more in the loss (default none; of several processes, each takes its own mean)", choices=("none", "balanced"))
     add("--limit", "use the first N rows of each split and task only, for a quick try", type=number(int, above=0), metavar="N")
     add("--device", "cpu, cuda, mps (default: the best there is)")
     add("--amp", "compute in bfloat16 where that is safe", action="store_true")
@@ -601,7 +600,10 @@ def main(argv=None) -> int:
         settings.device = choose_device(settings.device)
         return 130 if run_once(settings, folder, resume=True) is None else 0
     settings.device = choose_device(settings.device)
-    name, results = settings.run or time.strftime("%Y-%m-%d-%H%M%S"), []
+    names = [settings.run or time.strftime("%Y-%m-%d-%H%M%S")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names)      # their clocks may differ by a second
+    (name,), results = names, []
     seeds = range(settings.seed, settings.seed + settings.seeds)
     folders = {seed: Path("runs") / (name if len(seeds) == 1 else f"{name}-{seed}") for seed in seeds}
     for folder in folders.values():

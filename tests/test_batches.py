@@ -75,3 +75,29 @@ def test_batches_hold_rows_of_like_length(two):
         padded += width * 10
         real += sum(int(two[task].lengths[rows].sum()) for task, rows in step.items())
     assert real / padded > 0.75      # in random order it is 0.49
+
+
+def test_batches_are_int64_and_stay_together(rows):
+    input_ids, attention_mask = rows.to("cpu").batch(torch.tensor([7]))
+    assert input_ids.dtype == attention_mask.dtype == torch.int64 and rows.ids.dtype == torch.int32
+    assert int(rows.starts[-1] + rows.lengths[-1]) == len(rows.ids)
+
+
+def test_a_task_with_fewer_rows_than_a_batch_still_fills_it(two):
+    for pairing, steps in (("longest", 2), ("shortest", 1)):
+        plan = epoch_steps(two, 30, pairing, 1, 0)
+        assert len(plan) == steps and all(step["emotion"].shape == (30,) for step in plan)
+        assert {row for step in plan for row in step["emotion"].tolist()} == set(range(13))
+
+
+def test_short_and_long_steps_are_mixed(tokenizer):
+    """Within a window rows are sorted; the steps made of them must not be, or every epoch would run from short to long."""
+    rows = {"emotion": TokenRows(["day " * (1 + i % 10) for i in range(400)], tokenizer, 32)}
+    widths = [int(rows["emotion"].lengths[step["emotion"]].max()) for step in epoch_steps(rows, 10, "longest", 1, 0)]
+    assert widths != sorted(widths) and widths != sorted(widths, reverse=True) and len(set(widths)) == 10
+
+
+def test_neighbours_change_from_epoch_to_epoch(two):
+    def company(epoch):
+        return {frozenset(step["sentiment"].tolist()) for step in epoch_steps(two, 4, "longest", 1, epoch)}
+    assert len(company(0) & company(1)) < 5      # of ten batches

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 
 import data
 import infer
-from emobert import BertConfig, EmoBERT, load_checkpoint
+from emobert import BertConfig, EmoBERT, load_checkpoint, save_checkpoint
 from infer import DEFAULT_CHECKPOINT, Classifier
 from tests.conftest import TINY, Malicious
 
@@ -272,3 +273,147 @@ def test_a_closed_stdout(checkpoint):
 def test_bytes_that_are_no_text_in_an_argument(checkpoint):
     done = run("--checkpoint", str(checkpoint), "--json", b"caf\xe9".decode("utf-8", "surrogateescape"))
     assert done.returncode == 0 and json.loads(done.stdout)["text"] == "caf\udce9"
+
+
+# Numbers, exactly.
+
+def test_temperature_is_a_division_and_comes_with_the_checkpoint(tiny, tokenizer, tmp_path):
+    save_checkpoint(tmp_path / "t.pt", tiny, tokenizer, temperature={"emotion": 2.0, "sentiment": 0.5})
+    logits = tiny(*tokenizer.pad([tokenizer.encode("so happy!")]))
+    expected = torch.cat([(logits["sentiment"] / 0.5).softmax(-1), (logits["emotion"] / 2.0).softmax(-1)], -1)
+    torch.testing.assert_close(flat(Classifier.load(tmp_path / "t.pt", "cpu").predict("so happy!")), expected, atol=1e-6, rtol=0)
+
+
+def test_order_is_kept_when_lengths_are_shuffled(classifier):
+    """Texts are sorted by length inside, and each is longer or shorter than its neighbours."""
+    texts = [" ".join(["day"] * (37 * i % 70)) + f" {i}" for i in range(70)]
+    answers = classifier.predict(texts, 7)
+    assert [p.text for p in answers] == texts
+    assert [p.n_tokens for p in answers] == [min(64, len(classifier.tokenizer.encode(text, None))) for text in texts]
+    torch.testing.assert_close(flat(answers), flat([classifier.predict(text)[0] for text in texts]), atol=1e-6, rtol=0)
+
+
+def test_batches_hold_texts_of_like_length(classifier, monkeypatch):
+    widths = []
+    original = classifier.tokenizer.pad
+    monkeypatch.setattr(classifier.tokenizer, "pad", lambda rows, *more: widths.append(sorted(map(len, rows))) or original(rows, *more))
+    classifier.predict(["day " * 30, "day", "day " * 20, "day", "day " * 40], batch_size=2)
+    assert sorted(widths) == [[3, 3], [22, 32], [42]]
+
+
+def test_a_text_that_just_fits_is_not_cut(classifier):
+    assert [(p.n_tokens, p.truncated) for p in classifier.predict(["day " * 61, "day " * 62, "day " * 63])] == [(63, False), (64, False), (64, True)]
+
+
+def test_rows_are_read_as_they_are_needed(classifier):
+    taken = []
+    answers = infer.answer_all(classifier, (taken.append(i) or f"day {i}" for i in range(10_000)), chunk=3, batch_size=2)
+    assert next(answers)[0].text == "day 0" and len(taken) == 3
+
+
+def test_bars_and_percentages_are_the_probabilities(checkpoint, capsys):
+    infer.main(["--checkpoint", str(checkpoint), "--top-k", "8", "so happy!"])
+    title, *lines = capsys.readouterr().out.rstrip("\n").splitlines()
+    (answer,) = Classifier.load(checkpoint, "cpu").predict("so happy!")
+    assert title == "so happy!" and len(lines) == 3 + 8
+    for line, (label, p) in zip(lines, [*answer.sentiment.items(), *answer.emotion.items()]):
+        words = line.replace("sentiment", "").replace("emotion", "").split()
+        assert words[0] == label and abs(float(words[1].rstrip("%")) / 100 - p) < 0.00051
+        drawn = sum(" ▏▎▍▌▋▊▉█".index(c) for c in "".join(words[2:])) / 8
+        assert abs(drawn - p * 20) <= 1 / 16 + 1e-9
+    assert lines[0].startswith("  sentiment  ") and lines[3].startswith("  emotion    ")
+
+
+def test_one_task_on_the_command_line(tokenizer, tmp_path, capsys):
+    save_checkpoint(tmp_path / "e.pt", EmoBERT(BertConfig(vocab_size=tokenizer.vocab_size, **TINY), {"emotion": data.LABELS["emotion"]}), tokenizer)
+    (row,) = answer(capsys, "--checkpoint", tmp_path / "e.pt", "--json", "so happy!")
+    assert set(row) == {"text", "emotion", "tokens", "truncated", "ms"}
+    infer.main(["--checkpoint", str(tmp_path / "e.pt"), "so happy!"])
+    assert "sentiment" not in capsys.readouterr().out
+
+
+def test_options_reach_the_model(checkpoint, capsys):
+    (row,) = answer(capsys, "--checkpoint", checkpoint, "--json", "--max-length", "5", "--threads", "2", "--batch-size", "1", "day " * 20)
+    assert row["tokens"] == 5 and row["truncated"] is True and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    infer.main(["--checkpoint", str(checkpoint), "--max-length", "5", "day " * 20])
+    assert "only the first 5 tokens were read" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="between 2 and the model's 64"):
+        infer.main(["--checkpoint", str(checkpoint), "--max-length", "65", "x"])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        infer.main(["-h"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and all(option in out for option in ("--json", "--file", "--column", "--out", "--top-k", "--checkpoint"))
+
+
+def test_a_person_at_the_keyboard_is_answered_line_by_line(checkpoint, capsys, monkeypatch):
+    shown, flushed = [], []
+    monkeypatch.setattr("builtins.print", lambda *a, print=print, **k: print(*a, **k) or flushed.append(k.get("flush")))
+
+    class Keyboard(io.BytesIO):
+        def __next__(self):
+            shown.append(capsys.readouterr().out)
+            return super().__next__()
+    stdin = io.TextIOWrapper(Keyboard(b"so happy!\nwhy?\n"))
+    monkeypatch.setattr(stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    infer.main(["--checkpoint", str(checkpoint)])
+    assert flushed == [None, True, True] and len(shown) == 3 and "so happy!" in shown[1] and "why?" in shown[2]
+
+
+# What comes out is safe to look at, what goes in may be anything.
+
+
+def as_program(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """infer.py as a program, in this process: exit status, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(infer.__file__, run_name="__main__")
+    return exit.value.code, *capsys.readouterr()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk(checkpoint, monkeypatch, capsys):
+    with open("/dev/full", "w", buffering=1 << 20) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = as_program(monkeypatch, capsys, "--checkpoint", checkpoint, "x")
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+        with pytest.raises(OSError):
+            full.close()
+
+
+def test_big_cells_and_nul_bytes_in_a_table(checkpoint, capsys, tmp_path):
+    big = "day, " * 100_000
+    (tmp_path / "t.csv").write_text(f'id,text\n1,"{big}"\n2,a\0b\n', encoding="utf-8", newline="")
+    if sys.version_info >= (3, 11):      # before, the csv module itself refuses NUL
+        assert [row["text"] for row in answer(capsys, "--checkpoint", checkpoint, "--file", tmp_path / "t.csv")] == [big, "a\0b"]
+
+
+def test_out_replaces_and_keeps_surrogates(checkpoint, capsys, tmp_path):
+    (tmp_path / "o.jsonl").write_text("old")
+    assert answer(capsys, "--checkpoint", checkpoint, "--out", tmp_path / "o.jsonl", "caf\udce9", "é\n") == []
+    assert [json.loads(line)["text"] for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()] == ["caf\udce9", "é\n"]
+    with pytest.raises(OSError):
+        infer.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "none" / "o.jsonl"), "x"])
+
+
+def test_lone_surrogates_are_readable(checkpoint, monkeypatch, capsys):
+    assert infer.main(["--checkpoint", str(checkpoint), "caf\udce9"]) == 0
+    assert capsys.readouterr().out.startswith("caf\ufffd\n")
+
+
+def test_malice_inside_a_real_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content | {"meta": Malicious(tmp_path / "was-here")}, tmp_path / "bad.pt")
+    code, out, err = as_program(monkeypatch, capsys, "--checkpoint", tmp_path / "bad.pt", "x")
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and "bad.pt" in err
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_closed_stdin(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)      # what Python makes of `<&-`
+    code, _, err = as_program(monkeypatch, capsys, "--checkpoint", checkpoint)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -393,3 +394,290 @@ def test_tensorboard_is_asked_for_by_name(here, start, short_corpus, monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         train.main(run(start, "--run", "a", "--tensorboard"))
+
+
+# One step, by hand.
+
+@pytest.fixture(autouse=True)
+def signals():
+    """main() takes over two signals; the next test gets them as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def made(here, start, short_corpus):
+    """A Run that has not begun, without dropout, on a corpus in which some rows have an emotion alone."""
+    file = short_corpus / "starter.tsv"
+    file.write_text(file.read_text(encoding="utf-8") + "".join(f"you never {word}\tsurprise\t\ttrain\n" for word in "found rain late work".split()),
+                    encoding="utf-8")
+
+    def make(*more, name="made"):
+        return train.Run(train.arguments(run(start, "--dropout", "0", "--run", name, *more))[0], here / "runs" / name, resume=False)
+    return make
+
+
+def test_a_step_learns_from_the_labels_of_its_own_rows(made):
+    trained = made()
+    step = {"sentiment": torch.tensor([3, 0, 9, 35]), "emotion": torch.tensor([7, 1, 2, 30])}
+    corpus = data.load_corpus("starter")
+    expected = {}
+    for task, rows in step.items():
+        part = corpus.split(task, "train")
+        logits = trained.model(*trained.tokenizer.pad([trained.tokenizer.encode(part.texts[i], 16) for i in rows]))[task]
+        expected[task] = torch.nn.functional.cross_entropy(logits, torch.tensor([part.labels[i] for i in rows])).item()
+    before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
+    losses, tokens, places = trained.train_step(step)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    lengths = [int(trained.rows["train"][task].lengths[i]) for task, rows in step.items() for i in rows]
+    assert (tokens, places) == (sum(lengths), 8 * max(lengths))
+    used = trained.tokenizer.ids["happy"]
+    for name, p in trained.model.named_parameters():
+        assert not torch.equal(p, before[name]), name
+    assert not torch.equal(trained.model.encoder.word_embeddings.weight[used], before["encoder.word_embeddings.weight"][used])
+
+
+def test_width_learning_rate_decay_and_clipping(made, monkeypatch):
+    trained = made("--epochs", "2", "--weight-decay", "0.25")
+    norms = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, limit):
+        parameters = list(parameters)
+        for p in parameters:
+            p.grad.mul_(1e6)
+        norms.append(original(parameters, limit))
+        assert math.sqrt(sum(float(p.grad.square().sum()) for p in parameters)) == pytest.approx(train.CLIP, rel=1e-3)
+        return norms[-1]
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    trained.settings.width, trained.step = 32, 11
+    _, _, places = trained.train_step({task: torch.tensor([0, 1, 2, 3]) for task in trained.tasks})
+    assert places == 8 * 32 and len(norms) == 1
+    decays, plain = trained.optimizer.param_groups
+    assert decays["weight_decay"] == 0.25 and plain["weight_decay"] == 0
+    assert all(p.dim() == 2 for p in decays["params"]) and all(p.dim() == 1 for p in plain["params"])
+    assert len(decays["params"]) + len(plain["params"]) == len(list(trained.model.parameters()))
+    assert decays["lr"] == plain["lr"] == pytest.approx(0.01 * learning_rate_factor(11, 2 * trained.epoch_length, "linear"))
+
+
+def test_the_log_says_how_much_was_padding(made):
+    trained = made("--epochs", "1")
+    real = places = 0
+    for step in train.epoch_steps(trained.rows["train"], 4, "longest", 1, 0):
+        lengths = torch.cat([trained.rows["train"][task].lengths[rows] for task, rows in step.items()])
+        real, places = real + int(lengths.sum()), places + len(lengths) * int(lengths.max())
+    trained.train()
+    (line,) = log_of(trained.folder)
+    assert line["padding"] == round(1 - real / places, 4) > 0 and line["step"] == trained.epoch_length == 10
+
+
+def test_answers_come_in_the_order_of_the_rows(made, monkeypatch):
+    monkeypatch.setattr(train, "EVALUATION_TOKENS", 40)
+    trained = made("--dropout", "0.5")
+    rows = trained.rows["train"]["emotion"]
+    answers = train.predict(trained.model, rows)
+    assert trained.model.training
+    trained.model.eval()
+    for i in range(len(rows)):
+        for task, logits in trained.model(*rows.batch(torch.tensor([i]))).items():
+            torch.testing.assert_close(answers[task][i], logits[0].detach(), atol=1e-5, rtol=0)
+
+
+def test_a_students_soft_targets_belong_to_its_rows(made, start, monkeypatch):
+    trained = made("--teacher", str(start))
+    teacher, _, _ = load_checkpoint(start)
+    seen, parts, total = {}, [], []
+    monkeypatch.setattr(train, "soft_loss", lambda logits, targets, weights: seen.update(targets) or parts.append(soft_loss(logits, targets, weights))
+                        or parts[-1])
+    monkeypatch.setattr(train, "multitask_loss", lambda *more: parts.append(multitask_loss(*more)[0]) or multitask_loss(*more))
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: total.append(self.item()) or backward(self))
+    step = {"sentiment": torch.tensor([3, 0, 9, 35]), "emotion": torch.tensor([7, 1, 2, 30])}
+    texts = [data.load_corpus("starter").split(task, "train").texts[i] for task, rows in step.items() for i in rows]
+    trained.train_step(step)
+    expected = teacher(*trained.tokenizer.pad(trained.tokenizer.encode_batch(texts, 16)))
+    for task in ("sentiment", "emotion"):
+        torch.testing.assert_close(seen[task], expected[task].detach(), atol=1e-5, rtol=0)
+    assert total == pytest.approx([(1 - train.SOFT) * parts[0].item() + train.SOFT * parts[1].item()])
+
+
+def test_the_report_is_about_the_best_weights(here, start, short_corpus, monkeypatch):
+    validation, tested = iter([0.9, 0.1]), []
+    monkeypatch.setattr(train.Run, "score", lambda self, split: {"emotion": {"f1_macro": next(validation), "accuracy": 0.0, "loss": 0.0}}
+                        if split == "validation" else tested.append(self.model.heads["emotion"].weight.detach().clone()) or {})
+    train.main(run(start, "--epochs", "2", "--run", "a"))
+    assert torch.equal(tested[0], load_checkpoint("runs/a/best.pt")[0].heads["emotion"].weight)
+    assert not torch.allclose(tested[0], torch.load("runs/a/last.pt", weights_only=True)["model"]["heads.emotion.weight"], atol=1e-3)
+
+
+def test_the_seed_decides_everything(here, start, short_corpus):
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        train.main(run(start, "--epochs", "1", "--dropout", "0.2", "--run", name, "--seed", seed))
+    a, b, c = (load_checkpoint(f"runs/{name}/best.pt")[0].encoder.pooler.weight for name in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# Where it starts.
+
+def test_a_run_begins_with_the_encoder_it_was_given(made, start):
+    given, _, _ = load_checkpoint(start)
+    trained = made("--limit", "5", "--task", "sentiment", "--alpha", "0.3")
+    assert all(torch.equal(p, q) for p, q in zip(trained.model.encoder.parameters(), given.encoder.parameters()))
+    assert trained.task_weights == {"sentiment": 1.0} and set(trained.model.heads) == {"sentiment"}
+    assert [len(rows["sentiment"]) for rows in trained.rows.values()] == [5, 5, 5]
+
+
+def test_principal_components_by_hand():
+    """Four words on two axes of a four-dimensional space, three times as far out on one: that axis comes first."""
+    large = BertEncoder(BertConfig(vocab_size=4, **TINY | dict(hidden_size=4)))
+    small = BertEncoder(BertConfig(vocab_size=4, **TINY | dict(hidden_size=2)))
+    with torch.no_grad():
+        large.word_embeddings.weight.copy_(torch.tensor([[5.0, 8, 5, 5], [5, 2, 5, 5], [5, 5, 5, 6], [5, 5, 5, 4]]))
+        large.position_embeddings.weight.zero_()
+        large.position_embeddings.weight[:2] += torch.tensor([[0.0, 64, 0, 0], [0, 0, 0, -64]])
+    principal_start(small, large)
+    torch.testing.assert_close(small.word_embeddings.weight.abs(), torch.tensor([[3.0, 0], [3, 0], [0, 1], [0, 1]]), atol=1e-5, rtol=0)
+    apart = small.position_embeddings.weight[0] - small.position_embeddings.weight[1]      # in the same coordinates, signs and all
+    signs = torch.stack([small.word_embeddings.weight[0, 0] / 3, small.word_embeddings.weight[2, 1]])
+    torch.testing.assert_close(apart * signs, torch.tensor([64.0, 64.0]), atol=1e-3, rtol=0)
+    other = BertEncoder(BertConfig(vocab_size=5, **TINY | dict(hidden_size=2)))
+    with pytest.raises(ValueError, match="same vocabulary"):
+        principal_start(other, large)
+
+
+def test_what_is_on_disk_is_not_asked_for(monkeypatch):
+    def refuse(url, *_):
+        raise AssertionError("asked the network")
+    monkeypatch.setattr("download.reachable", refuse)
+    monkeypatch.setattr(data, "missing_urls", lambda mixture, folder: [])
+    assert train.choose_mixture("auto", None) == ("open", "") and train.choose_mixture("starter", None) == ("starter", "")
+    monkeypatch.setattr(data, "missing_urls", lambda mixture, folder: ["https://example.org/a"])
+    monkeypatch.setattr("download.reachable", lambda url, *_: True)
+    assert train.choose_mixture("auto", None) == ("open", "")
+
+
+# Interruptions, wherever they come.
+
+class Killed(BaseException):
+    """Nothing of ours may catch it, as nothing can catch SIGKILL."""
+
+
+OPTIONS = ["--epochs", "2", "--dropout", "0.2", "--batch-size", "16"]      # two epochs of three steps
+
+
+def interrupt(monkeypatch, at, how):
+    """Call `how()` at the at-th of: a step done, a file about to be written, a split about to be scored. Returns the count so far."""
+    count = [0]
+
+    def watch(target, name, after=False):
+        original = getattr(target, name)
+
+        def watched(*arguments, **options):
+            result = original(*arguments, **options) if after else None
+            count[0] += 1
+            if count[0] == at:
+                how()
+            return result if after else original(*arguments, **options)
+        monkeypatch.setattr(target, name, watched)
+    watch(train.Run, "train_step", after=True)
+    watch(train.Run, "score")
+    watch(train, "write_atomically")
+    watch(train, "save_checkpoint")
+    watch(train, "replace_text")
+    return count
+
+
+def ended(folder):
+    state = torch.load(Path(folder) / "last.pt", weights_only=True)
+    model, _, meta = load_checkpoint(Path(folder) / "best.pt")
+    tensors = [*state["model"].values(), *model.parameters(), *state["random"]]
+    test = json.loads((Path(folder) / "test.json").read_text())
+    return without_times(folder), *(state[name] for name in ("step", "best", "best_epoch")), meta["epoch"], tensors, test
+
+
+def assert_same_end(folder, whole):
+    *plain, tensors, test = ended(folder)
+    *expected, wanted, wanted_test = whole
+    assert plain == expected and test == wanted_test, folder
+    assert all(map(torch.equal, tensors, wanted)), folder
+
+
+@pytest.mark.parametrize("save_every", [-1.0, 1e9])      # seconds: after every step, or after epochs alone
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(here, start, short_corpus, monkeypatch, save_every):
+    def die():
+        raise Killed
+    monkeypatch.setattr(train, "SAVE_EVERY", save_every)
+    train.main(run(start, *OPTIONS, "--run", "whole"))
+    whole = ended("runs/whole")
+    with monkeypatch.context() as patch:
+        moments = interrupt(patch, 0, die)
+        train.main(run(start, *OPTIONS, "--run", "count"))
+    assert moments[0] == (20 if save_every < 0 else 14)      # nothing went unwatched
+    for moment in range(2, moments[0] + 1):      # the first is the writing of config.json: before it there is no run
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            interrupt(patch, moment, die)
+            train.main(run(start, *OPTIONS, "--run", f"k{moment}"))
+        assert train.main(["--resume", f"runs/k{moment}"]) == 0, moment
+        assert_same_end(f"runs/k{moment}", whole)
+
+
+# What goes wrong on the way.
+
+def finite(folder):
+    return all(torch.isfinite(t).all() for t in torch.load(Path(folder) / "last.pt", weights_only=True)["model"].values())
+
+
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(here, start, short_corpus, monkeypatch):
+    """The loss can be fine and its gradient not; the loss would tell only after the weights were spoilt, and maybe saved."""
+    monkeypatch.setattr(train, "SAVE_EVERY", -1.0)
+    calls = []
+
+    def treacherous(logits, *arguments):
+        calls.append(1)
+        total, losses = multitask_loss(logits, *arguments)
+        return total + ((logits["emotion"] * 0).sum().sqrt() if len(calls) == 5 else 0), losses
+    monkeypatch.setattr(train, "multitask_loss", treacherous)
+    with pytest.raises(ValueError, match=r"step [56]\b"):
+        train.main(run(start, "--epochs", "3", "--run", "a"))
+    assert finite("runs/a")
+
+
+def test_a_full_disk_keeps_the_last_state(here, start, short_corpus, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 1e9)
+    original = torch.save
+
+    def save(content, file):
+        if content.get("step") == 18:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        original(content, file)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(torch, "save", save)
+        train.main(run(start, "--epochs", "3", "--run", "a"))
+    assert torch.load("runs/a/last.pt", weights_only=True)["step"] == 9 and not list(Path("runs/a").glob("*.part")) + list(Path("runs/a").glob(".*"))
+    assert train.main(["--resume", "runs/a"]) == 0 and [line["epoch"] for line in log_of("runs/a")] == [1, 2, 3]
+
+
+def as_program(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    """train.py as a program, in this process: exit status and stderr."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    with pytest.raises(BaseException) as exit:      # a KeyboardInterrupt that came through would end pytest
+        runpy.run_path(train.__file__, run_name="__main__")
+    assert exit.type is SystemExit
+    return exit.value.code, capsys.readouterr().err
+
+
+def test_errors_are_one_line(here, start, short_corpus, monkeypatch, capsys):
+    for options in (["--encoder", "none.pt"], ["--mixture", "nope"], ["--device", "tpu"], ["--resume", "none"], ["--teacher", "none.pt"]):
+        code, err = as_program(monkeypatch, capsys, *(options if "--resume" in options else run(start, *options)))
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_ctrl_c_before_the_first_step(here, start, short_corpus, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "load_corpus", interrupted)
+    code, err = as_program(monkeypatch, capsys, *run(start))
+    assert code == 130 and "Traceback" not in err and not Path("runs").exists()
