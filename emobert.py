@@ -240,7 +240,7 @@ def can_be_had(name: str) -> bool:
     """Whether an encoder of PRETRAINED is in the cache, or its address answers within some seconds."""
     revision, files = PRETRAINED[name]
     return (all((_cache_folder(name) / file).is_file() for file in files)
-            or download.reachable(HUB.format(name=name, revision=revision, file="config.json")))
+            or download.reachable(HUB.format(name=name, revision=revision, file="config.json"), timeout=2.0))
 
 
 def pretrained_tokenizer(source) -> WordPieceTokenizer:

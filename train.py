@@ -146,7 +146,7 @@ def choose_mixture(mixture: str, data_dir: str | None) -> tuple[str, str]:
     if mixture != "auto":
         return mixture, ""
     missing = data.missing_urls("open", data_dir)
-    if not missing or download.reachable(missing[0]):
+    if not missing or download.reachable(missing[0], timeout=2.0):
         return "open", ""
     return "starter", " (the public sources are neither on disk nor reachable; see python data.py -h)"
 
@@ -557,8 +557,12 @@ def settings_of(folder: Path, given: dict) -> argparse.Namespace:
 def run_once(settings: argparse.Namespace, folder: Path, resume: bool) -> dict | None:
     """One run from start, or from where it was, to its test report; None if a signal stopped it. Returns task -> scores."""
     run = Run(settings, folder, resume)
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, lambda *_: setattr(run, "stop", True))
+
+    def ask_to_stop(which, _):
+        run.stop = True
+        signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)      # the second time at once
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, ask_to_stop)
     if not run.train():
         run.say(f"stopped after step {run.step:,}, all saved; go on with: python train.py --resume {folder}")
         return None

@@ -126,7 +126,8 @@ def test_equals_a_plain_bert(tmp_path, layers, heads, style):
 def test_pooled_is_forward_pooled(layers, heads, lengths):
     """In double precision, values and gradients of the two ways agree to far more digits than a wrong term would leave."""
     torch.manual_seed(2)
-    values = CONFIG | dict(hidden_size=48, num_hidden_layers=layers, num_attention_heads=heads, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    values = CONFIG | dict(hidden_size=48, num_hidden_layers=layers, num_attention_heads=heads,
+                           hidden_dropout_prob=0, attention_probs_dropout_prob=0)
     encoder = BertEncoder(BertConfig(**values)).double()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -152,7 +153,8 @@ def test_padding_is_never_looked_at(tiny):
                 torch.testing.assert_close(logits, expected[task], atol=1e-5, rtol=1e-5)
             hidden = tiny.encoder(other, other_mask)
             for i, n in enumerate((7, 2, 5)):
-                torch.testing.assert_close(hidden[i, :n], tiny.encoder(ids[i:i + 1, :n], mask[i:i + 1, :n])[0], atol=1e-5, rtol=1e-5)
+                alone = tiny.encoder(ids[i:i + 1, :n], mask[i:i + 1, :n])[0]
+                torch.testing.assert_close(hidden[i, :n], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_alone_as_in_a_batch():
@@ -240,14 +242,42 @@ def test_each_dropout_is_its_own(hidden, attention):
             torch.testing.assert_close(noisy, calm, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("place", ["word_embeddings.weight", "layers.0.attention_output.bias", "layers.0.output.bias",
+                                   "layers.1.attention_output.bias", "layers.1.output.bias"])
+def test_every_place_of_dropout(place):
+    """All weights but one tensor are zero, so that a training pass can only be random where that one is dropped out."""
+    encoder = BertEncoder(BertConfig(**CONFIG | dict(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0)))
+    torch.manual_seed(0)
+    for name, parameter in encoder.named_parameters():
+        carries = name == place or name in ("layers.0.output_norm.weight", "layers.1.attention_norm.weight", "layers.1.output_norm.weight")
+        carries = carries or name == "layers.0.attention_norm.weight" or name == "embedding_norm.weight" and place.startswith("word")
+        torch.nn.init.normal_(parameter) if carries or name == "pooler.weight" else torch.nn.init.zeros_(parameter)
+    ids, mask = rows_of((4, 4))
+    for function in (encoder, encoder.pooled):
+        assert not torch.equal(function(ids, mask), function(ids, mask))
+
+
 @pytest.mark.parametrize("name, value", [
-    ("vocab_size", 0), ("vocab_size", "30522"), ("hidden_size", 32.0), ("hidden_size", -32), ("num_hidden_layers", True), ("intermediate_size", None),
-    ("num_attention_heads", 3), ("type_vocab_size", 0), ("layer_norm_eps", math.nan), ("layer_norm_eps", "1e-12"), ("layer_norm_eps", -1e-12),
-    ("hidden_dropout_prob", 1.0), ("hidden_dropout_prob", -0.1), ("attention_probs_dropout_prob", math.inf), ("attention_probs_dropout_prob", None),
+    ("vocab_size", 0), ("vocab_size", "30522"), ("hidden_size", 32.0), ("hidden_size", -32), ("num_hidden_layers", True),
+    ("intermediate_size", None), ("num_attention_heads", 3), ("type_vocab_size", 0), ("layer_norm_eps", math.nan),
+    ("layer_norm_eps", "1e-12"), ("layer_norm_eps", -1e-12), ("hidden_dropout_prob", 1.0), ("hidden_dropout_prob", -0.1),
+    ("attention_probs_dropout_prob", math.inf), ("attention_probs_dropout_prob", None),
 ])
 def test_configurations_that_no_model_can_have(name, value):
     with pytest.raises(ValueError, match="attention heads" if value == 3 else name):
         BertConfig(**CONFIG | {name: value})
+
+
+def test_rows_without_a_token_and_batches_without_a_row(tiny):
+    """Nothing sensible comes of them, but numbers do, and the other rows are as they were."""
+    ids, mask = rows_of((4, 4), 80)
+    with torch.no_grad():
+        expected = tiny.encoder.pooled(ids[:1], mask[:1])
+        mask[1] = 0
+        pooled = tiny.encoder.pooled(ids, mask)
+        assert pooled.isfinite().all()
+        torch.testing.assert_close(pooled[:1], expected, atol=1e-5, rtol=1e-5)
+        assert tiny(ids[:0], mask[:0])["emotion"].shape == (0, 8) and tiny.encoder(ids[:0], mask[:0]).shape == (0, 4, 32)
 
 
 def test_too_many_tokens(tiny):
@@ -269,6 +299,18 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         BertEncoder.from_pretrained(write_folder(tmp_path / "m", tensors))
 
 
+@pytest.mark.parametrize("name", ["bert.pooler.dense.bias", "embeddings.LayerNorm.gamma"])
+def test_two_weights_for_one_place(tmp_path, name):
+    tensors = published_weights(BertConfig(**CONFIG)) | {name: torch.zeros(32)}
+    with pytest.raises(ValueError, match="pytorch_model.bin: holds two weights for"):
+        BertEncoder.from_pretrained(write_folder(tmp_path / "m", tensors, prefix=""))
+
+
+def test_a_model_too_large_for_the_memory(tmp_path):
+    with pytest.raises(ValueError, match="config.json: no such model fits"):
+        BertEncoder.from_pretrained(write_folder(tmp_path / "m", {}, CONFIG | {"vocab_size": 10**13}))
+
+
 def test_a_long_list_of_missing_weights_is_cut(tmp_path):
     with pytest.raises(ValueError, match=r"pytorch_model.bin: lacks the weights embeddings\.\S+, (\S+, ){3}\S+ and 34 more$"):
         BertEncoder.from_pretrained(write_folder(tmp_path / "m", {}))
@@ -282,6 +324,8 @@ def test_what_a_loaded_encoder_is(tmp_path):
     encoder = BertEncoder.from_pretrained(str(folder))
     assert not encoder.training and all(p.dtype == torch.float32 and p.requires_grad for p in encoder.parameters())
     assert torch.equal(encoder.pooler.weight, tensors["pooler.dense.weight"].half().float())
+    position, segments = (tensors[f"embeddings.{name}_embeddings.weight"].half().float() for name in ("position", "token_type"))
+    assert torch.equal(encoder.position_embeddings.weight, position + segments[0])      # added in float32, not in the file's half
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="pytorch_model.bin"):
         BertEncoder.from_pretrained(folder)
@@ -342,7 +386,7 @@ def test_a_pretrained_encoder_is_fetched_once(tmp_path, monkeypatch, vocab):
     mirror.mkdir(parents=True)
     write_folder(mirror, published_weights(BertConfig(**CONFIG)))
     (mirror / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
-    files = {file: hashlib.sha256((mirror / file).read_bytes()).hexdigest() for file in ("config.json", "vocab.txt", "pytorch_model.bin")}
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in mirror.iterdir()}
     monkeypatch.setitem(emobert.PRETRAINED, name, (revision, files))
     monkeypatch.setenv("EMOBERT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("EMOBERT_MIRROR", str(tmp_path / "mirror"))
@@ -358,6 +402,10 @@ def test_tokenizer_of_a_folder(tmp_path, vocab):
     assert pretrained_tokenizer(folder).lowercase is True
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}', encoding="utf-8")
     assert pretrained_tokenizer(folder).lowercase is False
+    for content in (b"{", b"[]", b"\xff"):
+        (folder / "tokenizer_config.json").write_bytes(content)
+        with pytest.raises(ValueError, match="tokenizer_config.json: damaged"):
+            pretrained_tokenizer(folder)
 
 
 def test_any_number_of_tasks():
@@ -366,7 +414,8 @@ def test_any_number_of_tasks():
     for labels in ({"a": ["x", "y"]}, {"a": ["x", "y"], "b": ["p", "q", "r"], "c": list("12345")}):
         logits = EmoBERT(config, labels)(ids, mask)
         assert {task: tuple(v.shape) for task, v in logits.items()} == {task: (2, len(names)) for task, names in labels.items()}
-    for labels in ({}, {"a": ["x"]}, {"a": ["x", "x"]}, {"a": []}, {"a": ["x", "y"], "b": ["z"]}):
+    for labels in ({}, {"a": ["x"]}, {"a": ["x", "x"]}, {"a": []}, {"a": ["x", "y"], "b": ["z"]}, {"a": "xy"}, {"a": None}, [["x", "y"]],
+                   {"a": [["x"], ["y"]]}, {"a.b": ["x", "y"]}, {"keys": ["x", "y"]}, {"training": ["x", "y"]}, {"": ["x", "y"]}, {3: ["x", "y"]}):
         with pytest.raises(ValueError):
             EmoBERT(config, labels)
 
@@ -423,6 +472,11 @@ def test_a_failed_save_leaves_what_was_there(tiny, tokenizer, tmp_path, monkeypa
                 save_checkpoint(path, tiny, tokenizer)
         assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        save_checkpoint(tmp_path / "folder", tiny, tokenizer)
+    (tmp_path / "folder").rmdir()      # and so it is empty
+
     def half(content, file):
         file.write(b"half of it")
         full()
@@ -442,9 +496,10 @@ def damaged(content, **changes):
     lambda c: damaged(c, config=c["config"] | {"hidden_size": 64}), lambda c: damaged(c, config=c["config"] | {"surprise": 1}),
     lambda c: damaged(c, weights={}), lambda c: damaged(c, weights=c["weights"] | {"more": torch.zeros(1)}),
     lambda c: damaged(c, weights=c["weights"] | {"encoder.pooler.bias": torch.zeros(31)}), lambda c: damaged(c, meta=None),
-    lambda c: {k: v for k, v in c.items() if k != "config"}, lambda c: damaged(c, config=[1]), lambda c: damaged(c, config=c["config"] | {"vocab_size": 10**13}),
-    lambda c: damaged(c, weights=[1]), lambda c: damaged(c, weights=c["weights"] | {"encoder.pooler.bias": "x"}), lambda c: damaged(c, labels=[1]),
-    lambda c: damaged(c, labels={"a.b": ["x", "y"]}), lambda c: damaged(c, vocab=c["vocab"].replace("[CLS]", "[ELS]")), lambda c: torch.zeros(3),
+    lambda c: {k: v for k, v in c.items() if k != "config"}, lambda c: damaged(c, config=[1]),
+    lambda c: damaged(c, config=c["config"] | {"vocab_size": 10**13}), lambda c: damaged(c, weights=[1]), lambda c: torch.zeros(3),
+    lambda c: damaged(c, weights=c["weights"] | {"encoder.pooler.bias": "x"}), lambda c: damaged(c, labels=[1]),
+    lambda c: damaged(c, labels={"a.b": ["x", "y"]}), lambda c: damaged(c, vocab=c["vocab"].replace("[CLS]", "[ELS]")),
 ])
 def test_damaged_checkpoints_are_named(checkpoint, change):
     torch.save(change(torch.load(checkpoint, weights_only=True)), checkpoint)
@@ -481,7 +536,7 @@ def test_a_later_format_is_refused_clearly(checkpoint):
 def test_files_that_are_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "none.pt")
-    for content in (b"", random.Random(0).randbytes(3000), b"PK\x03\x04" + bytes(500), json.dumps({"format": "emobert"}).encode()):
+    for content in (b"", random.Random(0).randbytes(3000), b"PK\x03\x04" + bytes(500), b'{"format": "emobert"}'):
         (tmp_path / "x.pt").write_bytes(content)
         with pytest.raises(ValueError, match="x.pt"):
             load_checkpoint(tmp_path / "x.pt")

@@ -93,8 +93,10 @@ def test_truncation(small):
 @pytest.mark.parametrize("other", [None, 3, b"they", ["they"]])
 def test_other_things_than_texts(small, other):
     for function in (small.encode, small.tokenize):
-        with pytest.raises((TypeError, AttributeError)):
+        with pytest.raises(TypeError, match=f"a text must be a str, not {type(other).__name__}"):
             function(other)
+    with pytest.raises(TypeError, match="many texts"):
+        small.encode_batch("they")
 
 
 def test_batch_and_pad(small):
@@ -110,8 +112,12 @@ def test_batch_and_pad(small):
     single, mask = small.pad(rows[:1])
     assert single.tolist() == [[2, 7, 3]] and mask.tolist() == [[1, 1, 1]]
     assert small.pad(rows[:1], multiple_of=4)[0].tolist() == [[2, 7, 3, 0]]
-    with pytest.raises(ValueError, match="no rows"):
-        small.pad([])
+    for empty in ([[]], [[], []]):
+        input_ids, mask = small.pad(empty)
+        assert input_ids.shape == mask.shape == (len(empty), 0) and input_ids.dtype == mask.dtype == torch.int64
+    for rows, multiple_of in (([], 1), ([[2, 3]], 0), ([[2, 3]], -8)):
+        with pytest.raises(ValueError, match="multiple"):
+            small.pad(rows, multiple_of)
 
 
 def test_decode(small):

@@ -132,7 +132,7 @@ def test_a_run_that_exists_is_not_overwritten(here, start, short_corpus):
 
 def test_what_cannot_be_had_is_said(here, start, short_corpus, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("download.reachable", lambda url, *_: asked.append(url))
+    monkeypatch.setattr("download.reachable", lambda url, timeout: asked.append(url))
     monkeypatch.setenv("EMOBERT_CACHE", str(here / "cache"))
     monkeypatch.delenv("EMOBERT_DATA", raising=False)
     monkeypatch.setattr(train, "BUNDLED", start)
