@@ -35,9 +35,22 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # to begin at 2B820; the tokenizer that everybody's ids come from has it like this.
 CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
            (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-# The same tokenizer's punctuation is that of Unicode 8; of the marks added since, those below U+3000.
-LATER_PUNCTUATION = frozenset(map(chr, (0x61D, 0x9FD, 0xA76, 0xC77, 0xC84, 0x1B4E, 0x1B4F, 0x1B7D, 0x1B7E, 0x1B7F,
-                                        *range(0x2E43, 0x2E5E))))
+# The same tokenizer knows accents, format characters and punctuation as of Unicode 8. What has come since, in ranges that also hold
+# characters to which no rule applies, and four that changed their kind:
+LATER = """
+    5C8-5C9 61D 7FD 890-8E2 9FD-9FE A76 AFA-AFF B53-B55 C04-C3C C77 C84 D00 D3B-D3C D81 EBA ECE 180F-1886 1ABF-1AF0
+    1B4E-1B4F 1B7D-1B7F 1DF6-1DFB 2E43-2E63 A82C A8C5 A8FF A9BD 10D24-10F89 11070-11074 110C2-110CD 111CF 1123E-11241
+    1133B 113BB-1145E 11660-1166C 116B9 1182F-11FFF 12FF1-1612F 16D6D-16F4F 16FE2-16FE4 1CF00-1D128 1D25B-1D25C
+    1E000-1E6F5 1E944-1E95F
+"""
+LATER_RANGES = [range(int(first, 16), int(last or first, 16) + 1) for first, _, last in (part.partition("-") for part in LATER.split())]
+CHANGED = {"\u166d": "Po", "\U000111c9": "Po", "\u1734": "Mn", "\U0001171e": "Mn"}
+
+
+def _category(char: str) -> str:
+    """The Unicode category of a character, as of Unicode 8."""
+    code = ord(char)
+    return CHANGED.get(char) or ("Lo" if any(code in later for later in LATER_RANGES) else unicodedata.category(char))
 
 
 class _Rules(dict):
@@ -58,7 +71,7 @@ def _clean(char: str) -> str:
     """Step one: controls are dropped, white space is a blank, a Chinese character is a word."""
     if char in "\t\n\r":
         return " "
-    if char in "\0\ufffd" or unicodedata.category(char) in ("Cc", "Cf", "Co", "Cs"):
+    if char in "\0\ufffd" or _category(char) in ("Cc", "Cf", "Co", "Cs"):
         return ""
     if char.isspace():
         return " "
@@ -70,15 +83,15 @@ def _isolate(char: str) -> str:
     """Step two, for a cased vocabulary: every punctuation mark is a word."""
     if char in "\t\n\r":      # only ASCII text comes here with its controls, see _words
         return " "
-    category = unicodedata.category(char)
-    if category[0] == "P" and char not in LATER_PUNCTUATION or char.isascii() and category[0] == "S":      # ASCII symbols such as $ and ^ count as well
+    category = _category(char)
+    if category[0] == "P" or char.isascii() and category[0] == "S":      # ASCII symbols such as $ and ^ count as well
         return f" {char} "
     return "" if category == "Cc" else char
 
 
 def _isolate_and_fold(char: str) -> str:
     """Step two, for a lower-case vocabulary: accents (split off by NFD) go, then case, one character at a time."""
-    return "" if unicodedata.category(char) == "Mn" else _isolate(char).lower()
+    return "" if _category(char) == "Mn" else _isolate(char).lower()
 
 
 class _ChunkCache(dict):
@@ -213,7 +226,7 @@ class WordPieceTokenizer:
         T is the longest row's length, rounded up to a multiple of `multiple_of`. Raises ValueError if there are no rows.
         """
         if not rows or multiple_of < 1:
-            raise ValueError(f"no rows to pad to a multiple of {multiple_of}")
+            raise ValueError("no rows to pad" if not rows else f"multiple_of must be at least 1, not {multiple_of}")
         longest = max(map(len, rows))
         longest += -longest % multiple_of
         if len(rows) == 1 and len(rows[0]) == longest:

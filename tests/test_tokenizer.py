@@ -116,7 +116,7 @@ def test_batch_and_pad(small):
         input_ids, mask = small.pad(empty)
         assert input_ids.shape == mask.shape == (len(empty), 0) and input_ids.dtype == mask.dtype == torch.int64
     for rows, multiple_of in (([], 1), ([[2, 3]], 0), ([[2, 3]], -8)):
-        with pytest.raises(ValueError, match="multiple"):
+        with pytest.raises(ValueError, match="multiple|no rows"):
             small.pad(rows, multiple_of)
 
 

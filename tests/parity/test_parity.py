@@ -71,7 +71,7 @@ def open_pair(request):
 
 def test_every_single_character(open_pair):
     """'a', a character, 'b' for all of Unicode's first two planes. Scripts that people write in have no differences at all;
-    elsewhere the reference's tables end with Unicode 8, and so some hundred later accents and marks may be read otherwise."""
+    elsewhere a handful may, whose case is newer than this Python's tables or the reference's."""
     ours, theirs = open_pair
     differ = []
     for first in range(0, 0x20000, 64):
@@ -83,7 +83,7 @@ def test_every_single_character(open_pair):
                 *range(0x1E00, 0x2C00), *range(0x2E80, 0xA000), *range(0xAC00, 0xD7A4), *range(0xF900, 0x10000),
                 *range(0x1D400, 0x1D800), *range(0x1F000, 0x1FB00)]
     assert not set(differ) & set(everyday), [hex(code) for code in sorted(set(differ) & set(everyday))]
-    assert len(differ) <= 480, f"{len(differ)} characters differ"
+    assert len(differ) <= 5, f"{len(differ)} characters differ"
 
 
 def test_strings_of_everyday_scripts(open_pair):
@@ -129,7 +129,7 @@ def test_a_third_tokenizer(pair):
 
 
 def test_tokenizer_on_random_characters(pair):
-    """Differences are characters that came to Unicode after version 8, which the reference knows; see LATER_PUNCTUATION."""
+    """Differences are characters that came to Unicode after version 8, which the reference knows; see LATER in tokenizer.py."""
     ours, theirs = pair
     texts = random_texts(20_000)
     assert sum(ours.encode(text, None) != theirs.encode(text).ids for text in texts) <= len(texts) // 1000
