@@ -548,13 +548,13 @@ def test_principal_components_by_hand():
 
 
 def test_what_is_on_disk_is_not_asked_for(monkeypatch):
-    def refuse(url, *_):
+    def refuse(url, timeout):
         raise AssertionError("asked the network")
     monkeypatch.setattr("download.reachable", refuse)
     monkeypatch.setattr(data, "missing_urls", lambda mixture, folder: [])
     assert train.choose_mixture("auto", None) == ("open", "") and train.choose_mixture("starter", None) == ("starter", "")
     monkeypatch.setattr(data, "missing_urls", lambda mixture, folder: ["https://example.org/a"])
-    monkeypatch.setattr("download.reachable", lambda url, *_: True)
+    monkeypatch.setattr("download.reachable", lambda url, timeout: True)
     assert train.choose_mixture("auto", None) == ("open", "")
 
 
