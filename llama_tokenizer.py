@@ -14,6 +14,7 @@ import re
 import struct
 import sys
 import unicodedata
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import sentencepiece
@@ -22,7 +23,7 @@ TEMPLATES = {"chatml": "<|im_start|>", "llama-3": "<|start_header_id|>", "llama-
 ANSWER_ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids and back. control: the ids of the tokens that only a template may insert, by name.
 
     encode(text) -> ids without any control token, whatever the text says; decode(ids) leaves control tokens out.
@@ -34,11 +35,13 @@ class Tokenizer:
     template: str | None = None
     stop_ids: tuple[int, ...] = ()
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        raise NotImplementedError
+        """Text -> ids, none of them a control token."""
 
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
+        """Ids -> text, control tokens left out."""
 
     def _control(self, *names: str) -> list[int]:
         for name in names:
